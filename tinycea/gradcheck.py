@@ -1,0 +1,206 @@
+"""Gradients held against finite differences: `check` for any forward/backward pair, `cases` for all of tinycea's own.
+
+Both are measured on the scalar L(y) = <w, y> + |y|^2 / 2 with w random: its upstream gradient w + y is random (under ones the
+softmax's gradient would be zero), and even a linear op has a second-order term, so that its Taylor remainder can be seen to fall as h^2.
+"""
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from . import cea, nafnet
+from .cea import CEAConfig
+from .nafnet import NAFNetConfig
+from .ops import backend
+
+STEP = 1e-4                                   # of the central difference, along a direction of length 1, in float64
+TAYLOR_STEPS = STEP * 2.0**np.arange(4, 0, -1)
+TINY = 600                                    # up to this many entries (outputs times inputs) the whole Jacobian is compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """One argument's verdict; analytic and numeric are the directional derivatives that differ most."""
+    argument: str
+    method: str
+    analytic: float
+    numeric: float
+    relative_error: float
+    taylor_slope: float
+    seed: int
+    passed: bool
+
+
+def check(forward, backward, inputs, seed=0, directions=4, tolerance=1e-6, slope=1.95):
+    """Hold a hand-written backward against central differences, one argument at a time -> list of Row.
+
+    forward(*arrays) -> (y, cache); backward(dy, cache) -> one gradient per argument, in order (a lone array for a lone argument).
+    inputs: dict, argument name -> float64 array. Each argument x is moved on its own along random unit directions v. It passes when
+    the derivatives <dL/dx, v> along all of them have a relative error |analytic - numeric| / max(|analytic|, |numeric|) of at most
+    `tolerance`, and the Taylor remainder |L(x + h v) - L(x) - h <dL/dx, v>| falls at least as h^slope. Where outputs times inputs
+    are few, the whole Jacobian is held to the same tolerance. Raises ValueError for a wrong count or shape of gradients, or a NaN.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = [np.array(value, np.float64) for value in inputs.values()]
+    y, cache = forward(*arrays)
+    w = rng.normal(size=np.shape(y))
+    gradients = _gradients(backward, w + y, cache, inputs)
+
+    def at(i, v):
+        """y with argument i moved by v."""
+        return forward(*arrays[:i], arrays[i] + v, *arrays[i + 1:])[0]
+
+    def loss(y):
+        return np.sum(w * y) + np.sum(y * y) / 2
+
+    rows = []
+    for i, name in enumerate(inputs):
+        v = rng.normal(size=(directions, *arrays[i].shape))
+        v /= np.linalg.norm(v.reshape(directions, -1), axis=1).reshape(-1, *[1] * arrays[i].ndim)
+        analytic = np.array([np.sum(gradients[i] * v_k) for v_k in v])
+        numeric = np.array([loss(at(i, STEP * v_k)) - loss(at(i, -STEP * v_k)) for v_k in v]) / (2 * STEP)
+        slope_found = _taylor_slope(lambda h, v_k: at(i, h * v_k) - y, w + y, analytic, v)
+        error, method = _relative(analytic, numeric), "directions"
+        if np.size(y) * arrays[i].size <= TINY:
+            J, J_numeric = _jacobians(at, i, arrays[i], backward, cache, y, inputs)
+            error, method = max(error, _relative(J, J_numeric)), "jacobian"
+        worst = np.argmax(abs(analytic - numeric))
+        rows.append(Row(name, method, float(analytic[worst]), float(numeric[worst]), float(error), float(slope_found), seed,
+                        bool(error <= tolerance and slope_found >= slope)))
+    return rows
+
+
+def _gradients(backward, dy, cache, inputs):
+    """backward's answer as a list, one array per argument, refused if it cannot be a gradient."""
+    gradients = backward(dy, cache)
+    gradients = list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
+    if len(gradients) != len(inputs):
+        raise ValueError(f"backward returned {len(gradients)} gradients for {len(inputs)} arguments")
+    for (name, value), gradient in zip(inputs.items(), gradients):
+        if np.shape(gradient) != np.shape(value):
+            raise ValueError(f"gradient of {name} has shape {np.shape(gradient)}, expected {np.shape(value)}")
+        if not np.isfinite(gradient).all():
+            raise ValueError(f"gradient of {name} is not finite")
+    return gradients
+
+
+def _jacobians(at, i, x, backward, cache, y, inputs):
+    """dy/dx (outputs, inputs) by backward, one row per output, and by central differences, one column per input."""
+    rows = [_gradients(backward, e.reshape(np.shape(y)), cache, inputs)[i].ravel() for e in np.eye(np.size(y))]
+    columns = [np.ravel(at(i, e.reshape(x.shape)) - at(i, -e.reshape(x.shape))) / (2 * STEP) for e in STEP * np.eye(x.size)]
+    return np.array(rows), np.stack(columns, 1)
+
+
+def _relative(a, b):
+    """|a - b| over the larger of the two norms; 0 when both vanish."""
+    scale = max(np.linalg.norm(a), np.linalg.norm(b))
+    return np.linalg.norm(a - b) / scale if scale > 1e-12 else 0.0
+
+
+def _taylor_slope(moved, upstream, analytic, directions):
+    """d log |remainder| / d log h by least squares, the remainders of all directions taken as one vector.
+
+    With d = y(x + h v) - y, the remainder is <upstream + d/2, d> - h <dL/dx, v>: differences of y lose fewer digits than of L.
+    """
+    remainders = []
+    for h in TAYLOR_STEPS:
+        d = [moved(h, v) for v in directions]
+        remainders.append(np.linalg.norm([np.sum((upstream + d_k / 2) * d_k) - h * a_k for d_k, a_k in zip(d, analytic)]))
+    return np.polyfit(np.log(TAYLOR_STEPS), np.log(np.maximum(remainders, 1e-300)), 1)[0]
+
+
+# ---- tinycea's own pairs ---------------------------------------------------------------------------------------------
+
+def module(forward, backward, x, p):
+    """A module (x, p) -> y as a pair of plain arrays, for `check` -> forward, backward, inputs."""
+    def backward_all(dy, cache):
+        g = {name: np.zeros_like(value) for name, value in p.items()}
+        return backward(dy, cache, g), *g.values()
+    return lambda x, *values: forward(x, dict(zip(p, values))), backward_all, {"x": x} | p
+
+
+def cases(ops, seed=0):
+    """Yield (name, tolerance, forward, backward, inputs): every op of a backend, CEA with every switch, the NAFBlock, the network."""
+    rng = np.random.default_rng(seed)
+
+    def n(*shape):
+        return rng.normal(size=shape)
+
+    def op(name, inputs, *settings, label=""):
+        pair = getattr(ops, name), getattr(ops, name + "_backward")
+        return name + label, 1e-6, lambda *arrays: pair[0](*arrays, *settings), pair[1], inputs
+
+    yield op("linear", {"x": n(2, 5, 3), "weight": n(3, 4), "bias": n(4)})
+    yield op("conv1x1", {"x": n(2, 3, 5, 4), "weight": n(7, 4, 1, 1), "bias": n(7)})
+    yield op("layernorm", {"x": n(2, 3, 5), "weight": n(5), "bias": n(5)})
+    yield op("conv3x3", {"x": n(2, 5, 3, 4), "weight": n(7, 4, 3, 3), "bias": n(7)})
+    yield op("depthwise3x3", {"x": n(2, 5, 3, 4), "weight": n(4, 1, 3, 3), "bias": n(4)})
+    yield op("down2x2", {"x": n(2, 4, 6, 3), "weight": n(5, 3, 2, 2), "bias": n(5)})
+    yield op("pixel_shuffle", {"x": n(2, 3, 5, 12)})
+    yield op("pixel_unshuffle", {"x": n(2, 6, 9, 2)}, 3)
+    yield op("simple_gate", {"x": n(2, 3, 5, 4)})
+    yield op("global_average_pool", {"x": n(2, 3, 5, 4)})
+    yield op("scale_channels", {"x": n(2, 3, 5, 4), "scale": n(2, 1, 1, 4)})
+    yield op("scaled_residual", {"x": n(2, 3, 5, 4), "update": n(2, 3, 5, 4), "scale": n(1, 4, 1, 1)})
+    yield op("probe", {"Q": n(3, 8), "K": n(2, 7, 8), "V": n(2, 7, 8)}, 4)
+    yield op("affinity", {"xhat": n(2, 7, 5), "A": n(2, 3, 5)})
+    yield op("combine", {"x": n(2, 7, 5), "S": n(2, 7, 3), "U": n(2, 3, 5)})
+    yield op("assembly", {"x": n(2, 7, 5), "xhat": n(2, 7, 5), "A": n(2, 2, 5), "U": n(2, 2, 5)}, label=" (tokens first)")
+    yield op("assembly", {"x": n(2, 40, 3), "xhat": n(2, 40, 3), "A": n(2, 5, 3), "U": n(2, 5, 3)}, label=" (fast weight)")
+    yield op("topk_softmax", {"S": n(2, 7, 5)}, 5, label=" (softmax)")
+    yield op("topk_softmax", {"S": n(2, 7, 5)}, 2, label=" (top-2)")
+    yield op("token_mean", {"S": n(2, 7, 5)})
+    pred, error = n(2, 3, 5, 4), n(2, 3, 5, 4)
+    yield op("l1_loss", {"pred": pred, "target": pred + error + np.sign(error) / 10})        # away from the kink at 0
+    yield op("charbonnier_loss", {"pred": n(2, 3, 5, 4), "target": n(2, 3, 5, 4)}, 0.1)
+    yield op("psnr_loss", {"pred": n(2, 3, 5, 4), "target": n(2, 3, 5, 4)})
+
+    def parameters(shapes):
+        return {name: n(*shape) / 2 for name, shape in shapes.items()}          # never the zeros of an initialization
+
+    switches = [CEAConfig(rank=3, heads=2, probe_channels=8, topk=2, affinity=affinity, level=level, static=static)
+                for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+    for config in switches + [CEAConfig(rank=9, heads=2)]:
+        label = "fast weight" if config.rank == 9 else f"{config.affinity}, {config.level}, static {config.static or 'none'}"
+        yield (f"cea ({label})", 1e-6, *module(lambda x, p, c=config: cea.cea(x, p, c, ops), cea.cea_backward,
+                                               n(2, 3, 7, 6), parameters(cea.shapes(6, config))))
+
+    yield "nafblock", 1e-6, *module(lambda x, p: nafnet.nafblock(x, p, ops), nafnet.nafblock_backward,
+                                    n(2, 3, 7, 5), parameters(nafnet.block_shapes(5)))
+
+    for adapter in ("cea", "none"):
+        config = NAFNetConfig(width=4, encoders=(1,), middle=1, decoders=(1,), unshuffle=2 if adapter == "cea" else 1,
+                               adapter=adapter, cea=CEAConfig(rank=3, heads=2))
+        yield (f"nafnet ({adapter})", 1e-5, *module(lambda x, p, c=config: nafnet.nafnet(x, p, c, ops), nafnet.nafnet_backward,
+                                                    n(2, 5, 9, 3), parameters(nafnet.shapes(config))))
+
+
+def broken(ops, seed=0):
+    """Yield (what is wrong, forward, backward, inputs): four gradients that `check` must fail."""
+    rng = np.random.default_rng(seed)
+    inputs = {"x": rng.normal(size=(2, 5, 4)), "weight": rng.normal(size=(4, 4)), "bias": rng.normal(size=4)}
+    right = ops.linear_backward
+
+    def wrong(change):
+        return lambda dy, cache: change(*right(dy, cache), dy)
+
+    yield "0.1 % too large", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw * 1.001, db)), inputs
+    yield "sign flipped", ops.linear, wrong(lambda dx, dw, db, dy: (-dx, dw, db)), inputs
+    yield "transposed", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw.T, db)), inputs
+    yield "term dropped", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw, db - dy[0].sum(0))), inputs
+
+
+def report(backend_name="cpu", seed=0):
+    """Check every case -> list of dicts, one per case: its worst argument's row, with `name` and the number of `arguments`."""
+    ops = backend(backend_name)
+    results = []
+    for name, tolerance, forward, backward, inputs in cases(ops, seed):
+        rows = check(forward, backward, inputs, seed, tolerance=tolerance)
+        worst = max(rows, key=lambda row: (not row.passed, row.relative_error))
+        slope = min(row.taylor_slope for row in rows)
+        results.append({"name": name, "arguments": len(rows)} | asdict(worst) | {"taylor_slope": slope, "tolerance": tolerance})
+    for name, forward, backward, inputs in broken(ops, seed):
+        rows = check(forward, backward, inputs, seed)
+        worst = max(rows, key=lambda row: row.relative_error)
+        caught = any(not row.passed for row in rows)
+        results.append({"name": f"broken on purpose: {name}", "arguments": len(rows)} | asdict(worst) | {"passed": caught, "tolerance": 1e-6})
+    return results

@@ -1,0 +1,278 @@
+"""The backbone: NAFNet (Chen et al. 2022), name for name, with adapter slots after its stages and a pixel-unshuffled input.
+
+With `adapter="none", unshuffle=1` this IS NAFNet. Two choices are ours: `unshuffle=2` feeds 2 x 2 pixels as channels and shuffles
+the result back (FFDNet, Zhang et al. 2018: a quarter of the tokens), and an adapter may follow any stage.
+"""
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from . import cea
+from .cea import CEAConfig
+from .errors import InputError
+from .ops import cpu
+from .params import Params, copy_into, load, save, under
+
+ADAPTERS = {"none": None, "cea": CEAConfig(),
+            "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
+            "cea-image": CEAConfig(level="image"),
+            "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU")}
+
+
+@dataclass(frozen=True)
+class NAFNetConfig:
+    """The network's shape. The default is the toy model: 74 thousand parameters, a CEA layer after every stage.
+
+    width: channels of the first stage, doubled by each down step. encoders, decoders: blocks per stage. middle: blocks between.
+    unshuffle: 1 (NAFNet) or the factor of the pixel unshuffle. adapter: "none" or "cea", with the switches in `cea`.
+    slots: stages followed by an adapter ("encoders.0", "middle_blks", ...); None means all.
+    """
+    width: int = 24
+    encoders: tuple = (1,)
+    middle: int = 2
+    decoders: tuple = (1,)
+    unshuffle: int = 2
+    adapter: str = "cea"
+    slots: tuple | None = None
+    cea: CEAConfig = CEAConfig()
+
+    def __post_init__(self):
+        if self.adapter not in ("none", "cea"):
+            raise InputError(f"adapter is {self.adapter!r}: choose 'none' or 'cea'")
+        if len(self.encoders) != len(self.decoders):
+            raise InputError(f"encoders has {len(self.encoders)} stages and decoders {len(self.decoders)}: expected as many")
+        for slot in self.slots or ():
+            if slot not in self.stages():
+                raise InputError(f"slot {slot!r} is no stage: choose among {', '.join(self.stages())}")
+
+    def stages(self):
+        """Stage name -> (channels, blocks), in the order of the forward pass."""
+        down = {f"encoders.{i}": (self.width * 2**i, n) for i, n in enumerate(self.encoders)}
+        middle = {"middle_blks": (self.width * 2**len(self.encoders), self.middle)}
+        up = {f"decoders.{i}": (self.width * 2**(len(self.encoders) - 1 - i), n) for i, n in enumerate(self.decoders)}
+        return down | middle | up
+
+    def adapted(self):
+        """Names of the stages that an adapter follows."""
+        return () if self.adapter == "none" else tuple(self.stages()) if self.slots is None else self.slots
+
+    def multiple(self):
+        """Height and width are padded to a multiple of this many pixels."""
+        return self.unshuffle * 2**len(self.encoders)
+
+
+def by_adapter(name):
+    """The default network with the adapter called `name` (one of ADAPTERS)."""
+    if name not in ADAPTERS:
+        raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
+    return NAFNetConfig(adapter="none") if name == "none" else NAFNetConfig(cea=ADAPTERS[name])
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+def _conv(name, I, O, k=1, bias=True):
+    return {f"{name}.weight": (O, I, k, k)} | ({f"{name}.bias": (O,)} if bias else {})
+
+
+def block_shapes(C):
+    """Names and shapes of one NAFBlock on C channels, in PyTorch's layout."""
+    return ({"beta": (1, C, 1, 1), "gamma": (1, C, 1, 1), "norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,)}
+            | _conv("conv1", C, 2 * C) | _conv("conv2", 1, 2 * C, 3) | _conv("conv3", C, C) | _conv("sca.1", C, C)
+            | _conv("conv4", C, 2 * C) | _conv("conv5", C, C))
+
+
+def shapes(config):
+    """Names and shapes of the whole network: NAFNet's own names, the adapters below "adapters." and their stage's name."""
+    c, image = config.width, 3 * config.unshuffle**2
+    result = _conv("intro", image, c, 3) | _conv("ending", c, image, 3)
+    for i in range(len(config.encoders)):
+        deep = config.width * 2**(i + 1)
+        result |= _conv(f"downs.{i}", deep // 2, deep, 2)
+        result |= _conv(f"ups.{len(config.encoders) - 1 - i}.0", deep, 2 * deep, bias=False)
+    for name, (C, blocks) in config.stages().items():
+        result |= {f"{name}.{j}.{key}": shape for j in range(blocks) for key, shape in block_shapes(C).items()}
+        if name in config.adapted():
+            result |= {f"adapters.{name}.{key}": shape for key, shape in cea.shapes(C, config.cea).items()}
+    return result
+
+
+def init(config, rng, dtype=np.float32):
+    """Fresh parameters: convolutions uniform in +-1/sqrt(fan-in) (PyTorch's default), norms 1 and 0, beta and gamma 0."""
+    p = Params(shapes(config), dtype)
+    for name, value in p.items():
+        if "norm" in name:
+            value[...] = name.endswith("weight")
+        elif name.endswith("weight"):
+            bound = value[0].size**-0.5
+            value[...] = rng.uniform(-bound, bound, value.shape)
+            if name[:-6] + "bias" in p:
+                p[name[:-6] + "bias"][...] = rng.uniform(-bound, bound, len(value))
+    for stage in config.adapted():
+        cea.init(under(p, f"adapters.{stage}"), rng)
+    return p
+
+
+def load_nafnet_state(mapping, p):
+    """Copy arrays under the official NAFNet names, PyTorch's layout (O,I,kH,kW), into p; its adapters stay as they are.
+
+    Raises InputError naming the first missing, unknown or mis-shaped array; p is then unchanged.
+    """
+    copy_into({name: value for name, value in p.items() if not name.startswith("adapters.")}, mapping, "NAFNet state")
+
+
+def save_model(path, p, config, **metadata):
+    """Write parameters and their configuration to a safetensors file."""
+    save(path, p, config=asdict(config), **metadata)
+
+
+def load_model(path):
+    """Read a model file -> (params, config). Anything but a whole file of a known configuration raises InputError."""
+    tensors, metadata = load(path)
+    try:
+        config = from_dict(metadata["config"])
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: holds no configuration of a model that this tinycea knows") from None
+    p = Params(shapes(config))
+    copy_into(p, tensors, path)
+    return p, config
+
+
+def from_dict(values):
+    """The NAFNetConfig whose `asdict` went through JSON (lists become tuples again)."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return NAFNetConfig(**values | {"cea": CEAConfig(**values["cea"])})
+
+
+# ---- one block -------------------------------------------------------------------------------------------------------
+
+def nafblock(x, p, ops=cpu):
+    """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache."""
+    u, c1 = ops.layernorm(x, p["norm1.weight"], p["norm1.bias"])
+    u, c2 = ops.conv1x1(u, p["conv1.weight"], p["conv1.bias"])
+    u, c3 = ops.depthwise3x3(u, p["conv2.weight"], p["conv2.bias"])
+    u, c4 = ops.simple_gate(u)
+    s, c5 = ops.global_average_pool(u)
+    s, c6 = ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"])
+    u, c7 = ops.scale_channels(u, s)
+    u, c8 = ops.conv1x1(u, p["conv3.weight"], p["conv3.bias"])
+    y, c9 = ops.scaled_residual(x, u, p["beta"])
+    u, c10 = ops.layernorm(y, p["norm2.weight"], p["norm2.bias"])
+    u, c11 = ops.conv1x1(u, p["conv4.weight"], p["conv4.bias"])
+    u, c12 = ops.simple_gate(u)
+    u, c13 = ops.conv1x1(u, p["conv5.weight"], p["conv5.bias"])
+    z, c14 = ops.scaled_residual(y, u, p["gamma"])
+    return z, (c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, ops)
+
+
+def nafblock_backward(dz, cache, g):
+    """dx, and every parameter's gradient added into g: the forward read from the bottom up."""
+    c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, ops = cache
+    dy, du, dgamma = ops.scaled_residual_backward(dz, c14)
+    g["gamma"] += dgamma
+    du = _add(g, "conv5", ops.conv1x1_backward(du, c13))
+    du = ops.simple_gate_backward(du, c12)
+    du = _add(g, "conv4", ops.conv1x1_backward(du, c11))
+    dy = dy + _add(g, "norm2", ops.layernorm_backward(du, c10))
+    dx, du, dbeta = ops.scaled_residual_backward(dy, c9)
+    g["beta"] += dbeta
+    du = _add(g, "conv3", ops.conv1x1_backward(du, c8))
+    du, ds = ops.scale_channels_backward(du, c7)
+    ds = _add(g, "sca.1", ops.conv1x1_backward(ds, c6))
+    du = du + ops.global_average_pool_backward(ds, c5)
+    du = ops.simple_gate_backward(du, c4)
+    du = _add(g, "conv2", ops.depthwise3x3_backward(du, c3))
+    du = _add(g, "conv1", ops.conv1x1_backward(du, c2))
+    return dx + _add(g, "norm1", ops.layernorm_backward(du, c1))
+
+
+def _add(g, name, gradients):
+    """Add an op's weight and bias gradients into g, hand its input's gradient on."""
+    dx, dweight, dbias = gradients
+    g[f"{name}.weight"] += dweight
+    if dbias is not None:
+        g[f"{name}.bias"] += dbias
+    return dx
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+def nafnet(image, p, config, ops=cpu, keep=True):
+    """Restore a batch of images (B,H,W,3), any size from 1 x 1 up -> same shape, cache. keep=False drops the caches as it goes."""
+    _check(image)
+    B, H, W, _ = image.shape
+    m = config.multiple()
+    caches = []
+    push = caches.append if keep else lambda cache: None
+
+    x, c = ops.pixel_unshuffle(np.pad(image, ((0, 0), (0, -H % m), (0, -W % m), (0, 0))), config.unshuffle)
+    y, c = ops.conv3x3(x, p["intro.weight"], p["intro.bias"])
+    push(c)
+    skips = []
+    for i in range(len(config.encoders)):
+        y, c = _stage(y, p, f"encoders.{i}", config, ops, keep)
+        push(c)
+        skips.append(y)
+        y, c = ops.down2x2(y, p[f"downs.{i}.weight"], p[f"downs.{i}.bias"])
+        push(c)
+    y, c = _stage(y, p, "middle_blks", config, ops, keep)
+    push(c)
+    for i in range(len(config.decoders)):
+        y, c = ops.conv1x1(y, p[f"ups.{i}.0.weight"])
+        push(c)
+        y, c = ops.pixel_shuffle(y)
+        push(c)
+        y = y + skips.pop()
+        y, c = _stage(y, p, f"decoders.{i}", config, ops, keep)
+        push(c)
+    y, c = ops.conv3x3(y, p["ending.weight"], p["ending.bias"])
+    push(c)
+    y, c = ops.pixel_shuffle(x + y, config.unshuffle)
+    return y[:, :H, :W], (caches, c, config, ops)
+
+
+def nafnet_backward(dy, cache, g):
+    """dL/dimage, and every parameter's gradient added into g: the forward read from the bottom up."""
+    caches, c, config, ops = cache
+    caches = list(caches)
+    B, H, W, _ = dy.shape
+    m = config.multiple()
+    dx = ops.pixel_shuffle_backward(np.pad(dy, ((0, 0), (0, -H % m), (0, -W % m), (0, 0))), c)
+    dy = _add(g, "ending", ops.conv3x3_backward(dx, caches.pop()))
+    dskips = []
+    for i in reversed(range(len(config.decoders))):
+        dy = _stage_backward(dy, caches.pop(), g, f"decoders.{i}")
+        dskips.append(dy)
+        dy = ops.pixel_shuffle_backward(dy, caches.pop())
+        dy = _add(g, f"ups.{i}.0", ops.conv1x1_backward(dy, caches.pop()))
+    dy = _stage_backward(dy, caches.pop(), g, "middle_blks")
+    for i in reversed(range(len(config.encoders))):
+        dy = _add(g, f"downs.{i}", ops.down2x2_backward(dy, caches.pop()))
+        dy = _stage_backward(dy + dskips.pop(), caches.pop(), g, f"encoders.{i}")
+    dx = dx + _add(g, "intro", ops.conv3x3_backward(dy, caches.pop()))
+    return ops.pixel_unshuffle_backward(dx, (config.unshuffle,))[:, :H, :W]
+
+
+def _stage(x, p, name, config, ops, keep):
+    """The blocks of one stage, then its adapter if it has one."""
+    caches = []
+    for j in range(config.stages()[name][1]):
+        x, c = nafblock(x, under(p, f"{name}.{j}"), ops)
+        caches.append(c if keep else None)
+    adapter = None
+    if name in config.adapted():
+        x, adapter = cea.cea(x, under(p, f"adapters.{name}"), config.cea, ops)
+    return x, (caches, adapter)
+
+
+def _stage_backward(dx, cache, g, name):
+    caches, adapter = cache
+    if adapter is not None:
+        dx = cea.cea_backward(dx, adapter, under(g, f"adapters.{name}"))
+    for j in reversed(range(len(caches))):
+        dx = nafblock_backward(dx, caches[j], under(g, f"{name}.{j}"))
+    return dx
+
+
+def _check(image):
+    if getattr(image, "ndim", None) != 4 or image.shape[-1] != 3 or 0 in image.shape or image.dtype.kind != "f":
+        raise InputError(f"image is {getattr(image, 'dtype', type(image))} {getattr(image, 'shape', '')}: expected floats (B,H,W,3)")

@@ -1,0 +1,360 @@
+"""Every operation as its definition in plain NumPy, any float dtype, each backward right under its forward.
+
+Letters: B images, H x W pixels, n over N = H W tokens, c over C channels, r over R rank components, d over D probe channels,
+h over heads; `dx` is always dL/dx, of x's shape. Images are channels-last (B,H,W,C), tokens (B,N,C) a view of them.
+A forward returns (y, cache), the cache a plain tuple; its backward takes (dy, cache) and returns one gradient per input, in order.
+"""
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+
+# ---- linear maps over channels ---------------------------------------------------------------------------------------
+
+def linear(x, weight, bias=None):
+    """y = x W + b. x (...,I), weight (I,O), bias (O,) or None -> y (...,O)."""
+    y = x @ weight
+    if bias is not None:
+        y = y + bias
+    return y, (x, weight, bias)
+
+
+def linear_backward(dy, cache):
+    """dx = dy W^T, dW = x^T dy, db = sum of dy over all but channels (None without bias)."""
+    x, weight, bias = cache
+    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dy @ weight.T, rows.T @ drows, None if bias is None else drows.sum(0)
+
+
+def conv1x1(x, weight, bias=None):
+    """1 x 1 convolution: `linear` with the weight in PyTorch's layout (O,I,1,1). x (B,H,W,I) -> (B,H,W,O)."""
+    return linear(x, weight[:, :, 0, 0].T, bias)
+
+
+def conv1x1_backward(dy, cache):
+    """`linear_backward`, dW back in (O,I,1,1)."""
+    dx, dweight, dbias = linear_backward(dy, cache)
+    return dx, dweight.T[:, :, None, None], dbias
+
+
+# ---- normalization ---------------------------------------------------------------------------------------------------
+
+def layernorm(x, weight, bias, eps=1e-6):
+    """Normalize each token over its channels: y = w (x - mean)/sqrt(var + eps) + b (Ba et al. 2016; eps as NAFNet). x (...,C)."""
+    centered = x - x.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt((centered * centered).mean(-1, keepdims=True) + eps)
+    xhat = centered * rstd
+    return xhat * weight + bias, (xhat, rstd, weight)
+
+
+def layernorm_backward(dy, cache):
+    """With g = dy w: dx = (g - mean(g) - xhat mean(g xhat)) / std; dw = sum dy xhat, db = sum dy."""
+    xhat, rstd, weight = cache
+    g = dy * weight
+    dx = (g - g.mean(-1, keepdims=True) - xhat * (g * xhat).mean(-1, keepdims=True)) * rstd
+    over = tuple(range(dy.ndim - 1))
+    return dx, (dy * xhat).sum(over), dy.sum(over)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+def _pad1(x):
+    return np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def conv3x3(x, weight, bias):
+    """3 x 3 cross-correlation, zero padding 1: y[h,w,o] = b[o] + sum over i,j,c of x[h+i-1, w+j-1, c] w[o,c,i,j].
+
+    x (B,H,W,I), weight (O,I,3,3), bias (O,) -> y (B,H,W,O).
+    """
+    windows = sliding_window_view(_pad1(x), (3, 3), (1, 2))                     # (B,H,W,I,3,3), a view
+    return np.tensordot(windows, weight, ((3, 4, 5), (1, 2, 3))) + bias, (windows, weight)
+
+
+def conv3x3_backward(dy, cache):
+    """dx is dy convolved with the kernel flipped and its channels exchanged; dw correlates dy with the input windows."""
+    windows, weight = cache
+    flipped = weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+    dx, _ = conv3x3(dy, flipped, 0)
+    return dx, np.tensordot(dy, windows, ((0, 1, 2), (0, 1, 2))), dy.sum((0, 1, 2))
+
+
+def depthwise3x3(x, weight, bias):
+    """3 x 3 cross-correlation of each channel with its own kernel, zero padding 1. x (B,H,W,C), weight (C,1,3,3), bias (C,)."""
+    _, H, W, _ = x.shape
+    padded = _pad1(x)
+    y = np.zeros_like(x) + bias
+    for i, j in np.ndindex(3, 3):
+        y += padded[:, i:i + H, j:j + W] * weight[:, 0, i, j]
+    return y, (padded, weight)
+
+
+def depthwise3x3_backward(dy, cache):
+    """dx is dy with the kernel flipped; dw[c,i,j] = sum of dy times the input shifted by (i,j)."""
+    padded, weight = cache
+    _, H, W, _ = dy.shape
+    dx, _ = depthwise3x3(dy, weight[:, :, ::-1, ::-1], 0)
+    dweight = np.empty_like(weight)
+    for i, j in np.ndindex(3, 3):
+        dweight[:, 0, i, j] = (dy * padded[:, i:i + H, j:j + W]).sum((0, 1, 2))
+    return dx, dweight, dy.sum((0, 1, 2))
+
+
+def down2x2(x, weight, bias):
+    """2 x 2 convolution with stride 2: each 2 x 2 patch becomes one token. x (B,2H,2W,I), weight (O,I,2,2) -> (B,H,W,O)."""
+    B, H, W, C = x.shape
+    patches = x.reshape(B, H // 2, 2, W // 2, 2, C)                             # (B,H,i,W,j,I)
+    return np.tensordot(patches, weight, ((2, 4, 5), (2, 3, 1))) + bias, (patches, weight)
+
+
+def down2x2_backward(dy, cache):
+    """Patches do not overlap, so dx is one product per patch."""
+    patches, weight = cache
+    B, H, _, W, _, C = patches.shape
+    dx = np.tensordot(dy, weight, (3, 0)).transpose(0, 1, 4, 2, 5, 3)           # (B,H,i,W,j,I)
+    dweight = np.tensordot(dy, patches, ((0, 1, 2), (0, 1, 3))).transpose(0, 3, 1, 2)
+    return dx.reshape(B, 2 * H, 2 * W, C), dweight, dy.sum((0, 1, 2))
+
+
+# ---- rearrangements and gates ----------------------------------------------------------------------------------------
+
+def pixel_shuffle(x, factor=2):
+    """Channels become pixels, in PyTorch's order: y[fh+i, fw+j, c] = x[h, w, c f^2 + i f + j]. (B,H,W,C f^2) -> (B,fH,fW,C)."""
+    B, H, W, C = x.shape
+    y = x.reshape(B, H, W, C // factor**2, factor, factor).transpose(0, 1, 4, 2, 5, 3)
+    return y.reshape(B, H * factor, W * factor, C // factor**2), (factor,)
+
+
+def pixel_shuffle_backward(dy, cache):
+    """The inverse permutation."""
+    return pixel_unshuffle(dy, *cache)[0]
+
+
+def pixel_unshuffle(x, factor=2):
+    """Pixels become channels, the inverse of `pixel_shuffle`. (B,fH,fW,C) -> (B,H,W,C f^2)."""
+    B, H, W, C = x.shape
+    y = x.reshape(B, H // factor, factor, W // factor, factor, C).transpose(0, 1, 3, 5, 2, 4)
+    return y.reshape(B, H // factor, W // factor, C * factor**2), (factor,)
+
+
+def pixel_unshuffle_backward(dy, cache):
+    """The inverse permutation."""
+    return pixel_shuffle(dy, *cache)[0]
+
+
+def simple_gate(x):
+    """y = a b, where a and b are the two halves of x's channels (NAFNet, Chen et al. 2022). (...,2C) -> (...,C)."""
+    a, b = np.split(x, 2, -1)
+    return a * b, (a, b)
+
+
+def simple_gate_backward(dy, cache):
+    """da = dy b, db = dy a."""
+    a, b = cache
+    return np.concatenate((dy * b, dy * a), -1)
+
+
+def global_average_pool(x):
+    """Mean over pixels. (B,H,W,C) -> (B,1,1,C)."""
+    return x.mean((1, 2), keepdims=True), (x.shape,)
+
+
+def global_average_pool_backward(dy, cache):
+    """Each pixel gets an equal share 1/(HW)."""
+    (shape,) = cache
+    return np.broadcast_to(dy / (shape[1] * shape[2]), shape)
+
+
+def scale_channels(x, scale):
+    """y = x s, one factor per image and channel (the product of NAFNet's SCA). x (B,H,W,C), scale (B,1,1,C)."""
+    return x * scale, (x, scale)
+
+
+def scale_channels_backward(dy, cache):
+    """dx = dy s, ds = sum over pixels of dy x."""
+    x, scale = cache
+    return dy * scale, (dy * x).sum((1, 2), keepdims=True)
+
+
+def scaled_residual(x, update, scale):
+    """y = x + s u, one learned factor per channel (NAFNet's beta and gamma). x, update (B,H,W,C), scale (1,C,1,1) as PyTorch has it."""
+    s = scale.reshape(-1)
+    return x + update * s, (update, s)
+
+
+def scaled_residual_backward(dy, cache):
+    """dx = dy, du = dy s, ds = sum of dy u over all but channels."""
+    update, s = cache
+    return dy, dy * s, (dy * update).sum((0, 1, 2)).reshape(1, -1, 1, 1)
+
+
+# ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
+
+def probe(Q, K, V, heads):
+    """Cross-attention of R rank queries over N tokens: P = softmax over n of Q K^T / sqrt(D/h), Z = P V, per head.
+
+    Q (R,D), K and V (B,N,D), D a multiple of `heads` -> Z (B,R,D): one summary of the image per rank component.
+    The cache ends with P (B,h,R,N). Source: Vaswani et al. 2017, eq. 1, with learned queries.
+    """
+    R, D = Q.shape
+    B, N, _ = K.shape
+    q = Q.reshape(R, heads, D // heads).transpose(1, 0, 2)                      # (h,R,D/h)
+    k = K.reshape(B, N, heads, D // heads).transpose(0, 2, 1, 3)                # (B,h,N,D/h)
+    v = V.reshape(B, N, heads, D // heads).transpose(0, 2, 1, 3)                # (B,h,N,D/h)
+    logits = q @ k.swapaxes(-1, -2) * (D // heads)**-0.5                        # (B,h,R,N)
+    P = np.exp(logits - logits.max(-1, keepdims=True))
+    P /= P.sum(-1, keepdims=True)
+    z = P @ v                                                                   # (B,h,R,D/h)
+    return z.transpose(0, 2, 1, 3).reshape(B, R, D), (q, k, v, z, P)
+
+
+def probe_backward(dZ, cache):
+    """dV = P^T dZ, dP = dZ V^T, dlogits = P (dP - rowsum(dP P)) with rowsum(dP P) = rowsum(dZ Z); dQ = dlogits K, dK = dlogits^T Q."""
+    q, k, v, z, P = cache
+    B, h, N, d = k.shape
+    R = q.shape[1]
+    dz = dZ.reshape(B, R, h, d).transpose(0, 2, 1, 3)                           # (B,h,R,D/h)
+    dv = P.swapaxes(-1, -2) @ dz
+    dP = dz @ v.swapaxes(-1, -2)
+    dlogits = P * (dP - (dz * z).sum(-1, keepdims=True)) * d**-0.5
+    dq = (dlogits @ k).sum(0)                                                   # (h,R,D/h)
+    dk = dlogits.swapaxes(-1, -2) @ q
+    return (dq.transpose(1, 0, 2).reshape(R, h * d),
+            dk.transpose(0, 2, 1, 3).reshape(B, N, h * d),
+            dv.transpose(0, 2, 1, 3).reshape(B, N, h * d))
+
+
+def affinity(xhat, A):
+    """Signed affinities S = xhat A^T / sqrt(C): no softmax, no top-k. xhat (B,N,C), A (B,R,C) -> S (B,N,R)."""
+    return xhat @ A.swapaxes(-1, -2) * A.shape[-1]**-0.5, (xhat, A)
+
+
+def affinity_backward(dS, cache):
+    """dxhat = dS A / sqrt(C), dA = dS^T xhat / sqrt(C)."""
+    xhat, A = cache
+    dS = dS * A.shape[-1]**-0.5
+    return dS @ A, dS.swapaxes(-1, -2) @ xhat
+
+
+def combine(x, S, U):
+    """Y = X + S U / sqrt(R): each token adds up its own residual. x (B,N,C), S (B,N,R), U (B,R,C)."""
+    return x + S @ U * U.shape[-2]**-0.5, (S, U)
+
+
+def combine_backward(dY, cache):
+    """dx = dY, dS = dY U^T / sqrt(R), dU = S^T dY / sqrt(R)."""
+    S, U = cache
+    scale = U.shape[-2]**-0.5
+    return dY, dY @ U.swapaxes(-1, -2) * scale, S.swapaxes(-1, -2) @ dY * scale
+
+
+def fast_weight(x, xhat, A, U):
+    """The same Y, the other way round: M = A^T U / sqrt(C R) is written once per image, then every token reads xhat M.
+
+    Linear attention with the identity as feature map (Katharopoulos et al. 2020; fast weights, Schmidhuber 1992). M (B,C,C).
+    """
+    R, C = A.shape[-2:]
+    M = A.swapaxes(-1, -2) @ U * (C * R)**-0.5
+    return x + xhat @ M, (xhat, A, U, M)
+
+
+def fast_weight_backward(dY, cache):
+    """dxhat = dY M^T, dM = xhat^T dY, dA = U dM^T / sqrt(C R), dU = A dM / sqrt(C R)."""
+    xhat, A, U, M = cache
+    R, C = A.shape[-2:]
+    dM = xhat.swapaxes(-1, -2) @ dY * (C * R)**-0.5
+    return dY, dY @ M.swapaxes(-1, -2), U @ dM.swapaxes(-1, -2), A @ dM
+
+
+def assembly(x, xhat, A, U):
+    """Y = X + (xhat A^T / sqrt(C)) U / sqrt(R), in the cheaper order. x and xhat (B,N,C), A and U (B,R,C) -> Y (B,N,C).
+
+    Tokens first (`affinity`, `combine`) takes 2 N R C multiply-adds, the fast weight first R C^2 + N C^2.
+    """
+    N, (R, C) = x.shape[-2], A.shape[-2:]
+    if R * C * C + N * C * C < 2 * N * R * C:
+        return fast_weight(x, xhat, A, U)
+    S, c_S = affinity(xhat, A)
+    Y, c_Y = combine(x, S, U)
+    return Y, (c_S, c_Y)
+
+
+def assembly_backward(dY, cache):
+    """Gradients of x, xhat, A, U along the order the forward took."""
+    if len(cache) == 4:
+        return fast_weight_backward(dY, cache)
+    c_S, c_Y = cache
+    dx, dS, dU = combine_backward(dY, c_Y)
+    dxhat, dA = affinity_backward(dS, c_S)
+    return dx, dxhat, dA, dU
+
+
+def topk_softmax(S, k):
+    """Ablation: softmax over the k largest of a token's R affinities, the others zero (equal ones stay together); k = R is the plain softmax.
+
+    S (B,N,R), 1 <= k <= R. Source: the gate of Shazeer et al. 2017 (sparsely-gated experts), without its noise.
+    """
+    kept = np.where(S >= np.partition(S, -k, -1)[..., -k, None], S, -np.inf)
+    T = np.exp(kept - kept.max(-1, keepdims=True))
+    T /= T.sum(-1, keepdims=True)
+    return T, (T,)
+
+
+def topk_softmax_backward(dT, cache):
+    """dS = T (dT - rowsum(dT T)): zero where T is zero."""
+    (T,) = cache
+    return T * (dT - (dT * T).sum(-1, keepdims=True))
+
+
+def token_mean(S):
+    """Ablation: every token gets the image's mean affinities, so the residual no longer depends on the token. S (B,N,R)."""
+    return np.broadcast_to(S.mean(1, keepdims=True), S.shape), ()
+
+
+def token_mean_backward(dS, cache):
+    """The mean is a symmetric projection, so its backward is itself."""
+    return token_mean(dS)[0]
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+def l1_loss(pred, target):
+    """Mean absolute error. pred, target (B,H,W,C) -> scalar."""
+    error = pred - target
+    return np.abs(error).mean(), (error,)
+
+
+def l1_loss_backward(dy, cache):
+    """dpred = sign(error)/count (0 at 0), dtarget = -dpred."""
+    (error,) = cache
+    dpred = np.sign(error) * (dy / error.size)
+    return dpred, -dpred
+
+
+def charbonnier_loss(pred, target, eps=1e-3):
+    """Mean of sqrt(error^2 + eps^2), a smooth L1 (Charbonnier et al. 1994). pred, target (B,H,W,C) -> scalar."""
+    error = pred - target
+    root = np.sqrt(error * error + eps * eps)
+    return root.mean(), (error, root)
+
+
+def charbonnier_loss_backward(dy, cache):
+    """dpred = error / sqrt(error^2 + eps^2) / count, dtarget = -dpred."""
+    error, root = cache
+    dpred = error / root * (dy / error.size)
+    return dpred, -dpred
+
+
+def psnr_loss(pred, target, eps=1e-8):
+    """Minus the mean PSNR in dB: mean over images of 10 log10(MSE + eps), peak value 1 (NAFNet's loss). pred, target (B,H,W,C)."""
+    error = pred - target
+    mse = (error * error).mean((1, 2, 3), keepdims=True) + eps
+    return 10 * np.log10(mse).mean(), (error, mse)
+
+
+def psnr_loss_backward(dy, cache):
+    """dpred = (10/ln 10) 2 error / (MSE count), count over the whole batch; dtarget = -dpred."""
+    error, mse = cache
+    dpred = error / mse * (dy * 20 / (math.log(10) * error.size))
+    return dpred, -dpred

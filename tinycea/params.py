@@ -1,0 +1,74 @@
+"""One flat buffer with named views into it; safetensors in and out."""
+import json
+import math
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import InputError, atomic
+
+FORMAT, VERSION = "tinycea", "1"
+
+
+class Params(dict):
+    """A dict of named arrays that are views of one contiguous 1-D array, `flat`.
+
+    Whatever treats all parameters alike (the optimizer, a norm, a copy, an all-reduce) is one line on `flat`;
+    whatever needs one layer reads a view: `p["intro.weight"]`. Write into a view (`p[name][...] = value`), never over it.
+    """
+
+    def __init__(self, shapes, dtype=np.float32):
+        self.flat = np.zeros(sum(math.prod(shape) for shape in shapes.values()), dtype)
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape)
+            self[name] = self.flat[start:stop].reshape(shape)
+            start = stop
+
+    def zeros_like(self):
+        """Params of the same names and shapes, all zero: gradients, or an optimizer's moments."""
+        return Params({name: value.shape for name, value in self.items()}, self.flat.dtype)
+
+
+def under(p, prefix):
+    """The part of a mapping below `prefix`, names shortened: under(p, "middle_blks.0")["conv1.weight"]. Views, not copies."""
+    return {name[len(prefix) + 1:]: value for name, value in p.items() if name.startswith(prefix + ".")}
+
+
+def save(path, tensors, **metadata):
+    """Write named arrays as safetensors, whole or not at all, with JSON-able metadata and the format's version."""
+    header = {"format": FORMAT, "version": VERSION} | {key: json.dumps(value) for key, value in metadata.items()}
+    with atomic(path) as temporary:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, header)
+
+
+def load(path):
+    """Read what `save` wrote -> (tensors, metadata). A missing, truncated or foreign file, or another version: InputError."""
+    try:
+        with safe_open(path, "numpy") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({str(error).strip()})") from None
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: a safetensors file, but not one that tinycea wrote")
+    if header.get("version") != VERSION:
+        raise InputError(f"{path}: checkpoint format version {header.get('version')}; this tinycea reads version {VERSION}")
+    return tensors, {key: json.loads(value) for key, value in header.items() if key not in ("format", "version")}
+
+
+def copy_into(p, tensors, source):
+    """Copy named arrays into the views of p, all or none; a missing, unknown or mis-shaped name, or a NaN, is refused by name."""
+    for name in p.keys() - tensors.keys():
+        raise InputError(f"{source}: parameter {name} is missing")
+    for name in tensors.keys() - p.keys():
+        raise InputError(f"{source}: parameter {name} is unknown to this architecture")
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    for name, value in arrays.items():
+        if value.shape != p[name].shape:
+            raise InputError(f"{source}: parameter {name} has shape {value.shape}, expected {p[name].shape}")
+        if not np.isfinite(value).all():
+            raise InputError(f"{source}: parameter {name} has values that are not finite")
+    for name, value in arrays.items():
+        p[name][...] = value
