@@ -199,66 +199,71 @@ def _add(g, name, gradients):
 def nafnet(image, p, config, ops=cpu, keep=True):
     """Restore a batch of images (B,H,W,3), any size from 1 x 1 up -> same shape, cache. keep=False drops the caches as it goes."""
     _check(image)
-    B, H, W, _ = image.shape
-    m = config.multiple()
-    caches = []
-    push = caches.append if keep else lambda cache: None
+    H, W = image.shape[1:3]
+    caches = {}
 
-    x, c = ops.pixel_unshuffle(np.pad(image, ((0, 0), (0, -H % m), (0, -W % m), (0, 0))), config.unshuffle)
-    y, c = ops.conv3x3(x, p["intro.weight"], p["intro.bias"])
-    push(c)
+    def layer(name, result):
+        """The output of a layer, its cache put away under its name."""
+        y, cache = result
+        if keep:
+            caches[name] = cache
+        return y
+
+    x = layer("unshuffle", ops.pixel_unshuffle(_pad(image, config), config.unshuffle))
+    y = layer("intro", ops.conv3x3(x, p["intro.weight"], p["intro.bias"]))
     skips = []
     for i in range(len(config.encoders)):
-        y, c = _stage(y, p, f"encoders.{i}", config, ops, keep)
-        push(c)
+        y = layer(f"encoders.{i}", _stage(y, p, f"encoders.{i}", config, ops, keep))
         skips.append(y)
-        y, c = ops.down2x2(y, p[f"downs.{i}.weight"], p[f"downs.{i}.bias"])
-        push(c)
-    y, c = _stage(y, p, "middle_blks", config, ops, keep)
-    push(c)
+        y = layer(f"downs.{i}", ops.down2x2(y, p[f"downs.{i}.weight"], p[f"downs.{i}.bias"]))
+    y = layer("middle_blks", _stage(y, p, "middle_blks", config, ops, keep))
     for i in range(len(config.decoders)):
-        y, c = ops.conv1x1(y, p[f"ups.{i}.0.weight"])
-        push(c)
-        y, c = ops.pixel_shuffle(y)
-        push(c)
-        y = y + skips.pop()
-        y, c = _stage(y, p, f"decoders.{i}", config, ops, keep)
-        push(c)
-    y, c = ops.conv3x3(y, p["ending.weight"], p["ending.bias"])
-    push(c)
-    y, c = ops.pixel_shuffle(x + y, config.unshuffle)
-    return y[:, :H, :W], (caches, c, config, ops)
+        y = layer(f"ups.{i}.0", ops.conv1x1(y, p[f"ups.{i}.0.weight"]))
+        y = layer(f"ups.{i}.1", ops.pixel_shuffle(y)) + skips.pop()
+        y = layer(f"decoders.{i}", _stage(y, p, f"decoders.{i}", config, ops, keep))
+    y = layer("ending", ops.conv3x3(y, p["ending.weight"], p["ending.bias"])) + x
+    y = layer("shuffle", ops.pixel_shuffle(y, config.unshuffle))
+    return y[:, :H, :W], (caches, config, ops)
 
 
 def nafnet_backward(dy, cache, g):
     """dL/dimage, and every parameter's gradient added into g: the forward read from the bottom up."""
-    caches, c, config, ops = cache
-    caches = list(caches)
-    B, H, W, _ = dy.shape
-    m = config.multiple()
-    dx = ops.pixel_shuffle_backward(np.pad(dy, ((0, 0), (0, -H % m), (0, -W % m), (0, 0))), c)
-    dy = _add(g, "ending", ops.conv3x3_backward(dx, caches.pop()))
+    caches, config, ops = cache
+    H, W = dy.shape[1:3]
+    dx = ops.pixel_shuffle_backward(_pad(dy, config), caches["shuffle"])
+    dy = _add(g, "ending", ops.conv3x3_backward(dx, caches["ending"]))
     dskips = []
     for i in reversed(range(len(config.decoders))):
-        dy = _stage_backward(dy, caches.pop(), g, f"decoders.{i}")
+        dy = _stage_backward(dy, caches[f"decoders.{i}"], g, f"decoders.{i}")
         dskips.append(dy)
-        dy = ops.pixel_shuffle_backward(dy, caches.pop())
-        dy = _add(g, f"ups.{i}.0", ops.conv1x1_backward(dy, caches.pop()))
-    dy = _stage_backward(dy, caches.pop(), g, "middle_blks")
+        dy = ops.pixel_shuffle_backward(dy, caches[f"ups.{i}.1"])
+        dy = _add(g, f"ups.{i}.0", ops.conv1x1_backward(dy, caches[f"ups.{i}.0"]))
+    dy = _stage_backward(dy, caches["middle_blks"], g, "middle_blks")
     for i in reversed(range(len(config.encoders))):
-        dy = _add(g, f"downs.{i}", ops.down2x2_backward(dy, caches.pop()))
-        dy = _stage_backward(dy + dskips.pop(), caches.pop(), g, f"encoders.{i}")
-    dx = dx + _add(g, "intro", ops.conv3x3_backward(dy, caches.pop()))
-    return ops.pixel_unshuffle_backward(dx, (config.unshuffle,))[:, :H, :W]
+        dy = _add(g, f"downs.{i}", ops.down2x2_backward(dy, caches[f"downs.{i}"])) + dskips.pop()
+        dy = _stage_backward(dy, caches[f"encoders.{i}"], g, f"encoders.{i}")
+    dx = dx + _add(g, "intro", ops.conv3x3_backward(dy, caches["intro"]))
+    return ops.pixel_unshuffle_backward(dx, caches["unshuffle"])[:, :H, :W]
+
+
+def anatomies(cache):
+    """What each CEA layer of a forward pass wrote: stage -> `cea.anatomy`."""
+    caches, config, _ = cache
+    return {stage: cea.anatomy(caches[stage][-1]) for stage in config.adapted()}
+
+
+def _pad(image, config):
+    """Zeros at the bottom and the right, up to a multiple that the down steps can halve (as NAFNet)."""
+    m = config.multiple()
+    return np.pad(image, ((0, 0), (0, -image.shape[1] % m), (0, -image.shape[2] % m), (0, 0)))
 
 
 def _stage(x, p, name, config, ops, keep):
     """The blocks of one stage, then its adapter if it has one."""
-    caches = []
+    caches, adapter = [], None
     for j in range(config.stages()[name][1]):
-        x, c = nafblock(x, under(p, f"{name}.{j}"), ops)
-        caches.append(c if keep else None)
-    adapter = None
+        x, cache = nafblock(x, under(p, f"{name}.{j}"), ops)
+        caches.append(cache if keep else None)
     if name in config.adapted():
         x, adapter = cea.cea(x, under(p, f"adapters.{name}"), config.cea, ops)
     return x, (caches, adapter)

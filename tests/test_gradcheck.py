@@ -1,0 +1,322 @@
+"""Proves the prover: `check` passes right gradients and fails wrong ones, in single operations and inside CEA's backward.
+
+Also what only whole modules can show: gradients are added, every parameter gets one, and a fresh CEA layer is the identity.
+"""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tinycea import cea, gradcheck, nafnet
+from tinycea.cea import CEAConfig
+from tinycea.gradcheck import check
+from tinycea.nafnet import ADAPTERS, NAFNetConfig
+from tinycea.ops import reference
+
+RTOL = {"right": 1e-6, "same sum in another order": 1e-12}
+OPS = [case[0] for case in gradcheck.cases(reference) if not case[0].startswith(("cea", "nafblock", "nafnet"))]
+
+
+def case(name):
+    return next(case for case in gradcheck.cases(reference) if case[0] == name)
+
+
+def verdict(forward, backward, inputs, **settings):
+    """Argument -> passed."""
+    return {row.argument: row.passed for row in check(forward, backward, inputs, **settings)}
+
+
+# ---- wrong gradients fail ----------------------------------------------------------------------------------------------
+
+def first_removed(g):
+    wrong = np.array(g)
+    wrong[0] = 0
+    return wrong
+
+
+WRONG = {"0.1 % too large": lambda g: 1.001 * g,
+         "0.1 % too small": lambda g: 0.999 * g,
+         "sign": lambda g: -g,
+         "zero": lambda g: 0 * g,
+         "transposed": lambda g: g.ravel(order="F").reshape(g.shape),       # column by column: any shape has that
+         "reversed": lambda g: g[..., ::-1],
+         "first dropped": first_removed}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", OPS)
+def test_wrong_gradient_fails_and_is_named(name, wrong):
+    _, _, forward, backward, inputs = case(name)
+    y, cache = forward(*inputs.values())
+    for i, argument in enumerate(inputs):
+        def broken(dy, cache):
+            gradients = backward(dy, cache)
+            gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
+            gradients[i] = WRONG[wrong](gradients[i])
+            return tuple(gradients)
+        right = backward(np.full(np.shape(y), 0.5) + y, cache)
+        right = (right if isinstance(right, tuple) else (right,))[i]
+        if np.array_equal(WRONG[wrong](right), right):         # a vector is its own transpose
+            continue
+        assert verdict(forward, broken, inputs) == {other: other != argument for other in inputs}
+
+
+def patched(**changes):
+    """The reference operations with some of them replaced."""
+    return SimpleNamespace(**vars(reference) | changes)
+
+
+def linear_without_dx(weight):
+    """linear_backward that forgets dx where the weight is the one called `weight` (by its place among CEA's products)."""
+    place = {"W_U": 0, "W_A": 1, "W_V": 2, "W_K": 3}[weight]
+    calls = []
+
+    def backward(dy, cache):
+        dx, *rest = reference.linear_backward(dy, cache)
+        calls.append(0)
+        return (0 * dx if (len(calls) - 1) % 4 == place else dx), *rest
+    return {"linear_backward": backward}
+
+
+def after(name, change):
+    """An operation's backward whose answer is changed."""
+    right = getattr(reference, name + "_backward")
+
+    def backward(dy, cache):
+        answer = right(dy, cache)
+        return change(*answer) if isinstance(answer, tuple) else change(answer)
+    return {name + "_backward": backward}
+
+
+def probe_without_rowsum(dZ, cache):
+    q, k, v, z, P = cache
+    return reference.probe_backward(dZ, (q, k, v, 0 * z, P))   # the rowsum of dP P is the rowsum of dZ Z
+
+
+def layernorm_without_mean(dy, cache):
+    xhat, rstd, weight = cache
+    return dy * weight * rstd, *reference.layernorm_backward(dy, cache)[1:]
+
+
+R, D, H = 3, 8, 2
+SIGNED, SOFTMAX, IMAGE = (CEAConfig(rank=R, heads=H, probe_channels=D, affinity=affinity, level=level)
+                          for affinity, level in (("signed", "token"), ("softmax", "token"), ("signed", "image")))
+SABOTAGE = {
+    "no dXhat through K": (SIGNED, linear_without_dx("W_K")),
+    "no dXhat through V": (SIGNED, linear_without_dx("W_V")),
+    "no dZ through A": (SIGNED, linear_without_dx("W_A")),
+    "no dZ through U": (SIGNED, linear_without_dx("W_U")),
+    "no dXhat through S": (SIGNED, after("assembly", lambda dX, dXhat, dA, dU: (dX, 0 * dXhat, dA, dU))),
+    "no skip": (SIGNED, after("assembly", lambda dX, *rest: (0 * dX, *rest))),
+    "A and U exchanged": (SIGNED, after("assembly", lambda dX, dXhat, dA, dU: (dX, dXhat, dU, dA))),
+    "1/sqrt(R) forgotten": (SIGNED, after("assembly", lambda dX, *rest: (dX, *(R**0.5 * g for g in rest)))),
+    "1/sqrt(C) forgotten": (SIGNED, after("assembly", lambda dX, dXhat, dA, dU: (dX, 6**0.5 * dXhat, 6**0.5 * dA, dU))),
+    "dA 0.1 % off": (SIGNED, after("assembly", lambda dX, dXhat, dA, dU: (dX, dXhat, 1.001 * dA, dU))),
+    "softmax without its rowsum": (SIGNED, {"probe_backward": probe_without_rowsum}),
+    "K and V exchanged": (SIGNED, after("probe", lambda dQ, dK, dV: (dQ, dV, dK))),
+    "1/sqrt(D/h) forgotten": (SIGNED, after("probe", lambda dQ, dK, dV: ((D / H)**0.5 * dQ, (D / H)**0.5 * dK, dV))),
+    "heads exchanged in dQ": (SIGNED, after("probe", lambda dQ, dK, dV: (np.roll(dQ, D // H, 1), dK, dV))),
+    "dQ of one image": (SIGNED, after("probe", lambda dQ, dK, dV: (dQ / 2, dK, dV))),
+    "layernorm without its means": (SIGNED, {"layernorm_backward": layernorm_without_mean}),
+    "affinities' softmax passed through": (SOFTMAX, {"topk_softmax_backward": lambda dT, cache: cache[0] * dT}),
+    "image mean passed through": (IMAGE, {"token_mean_backward": lambda dS, cache: dS}),
+    "1/sqrt(R) forgotten after the switches": (IMAGE, after("combine", lambda dX, dS, dU: (dX, R**0.5 * dS, R**0.5 * dU)))}
+
+
+def layer(config, ops=reference, C=6, seed=0):
+    """A CEA layer at a random point, as a pair of plain arrays."""
+    rng = np.random.default_rng(seed)
+    p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, config).items()}
+    return gradcheck.module(lambda x, p: cea.cea(x, p, config, ops), cea.cea_backward, rng.normal(size=(2, 3, 5, C)), p)
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_wrong_term_inside_cea_fails(name):
+    config, changes = SABOTAGE[name]
+    assert all(verdict(*layer(config)).values())
+    assert not all(verdict(*layer(config, patched(**changes))).values())
+
+
+def test_the_package_breaks_its_own_on_purpose():
+    wrong = list(gradcheck.broken(reference))
+    assert len(wrong) == 4
+    assert all(not all(verdict(*case).values()) for _, *case in wrong)
+
+
+def test_kink_fails_by_its_slope():
+    """|x| at 0 under the claim 0: both central differences agree with it, only the Taylor remainder does not vanish as h^2."""
+    (row,) = check(lambda x: (np.abs(x), ()), lambda dy, cache: 0 * dy, {"x": np.zeros((3, 5, 70))})
+    assert row.relative_error < RTOL["right"] and row.taylor_slope < 1.1 and not row.passed
+
+
+def test_right_gradient_passes_through_any_settings():
+    def backward(dy, cache):
+        return dy * np.cos(cache[0])
+    for settings in (dict(), dict(seed=5), dict(directions=1), dict(tolerance=1e-8)):
+        assert verdict(lambda x: (np.sin(x), (x,)), backward, {"x": np.linspace(-1, 2, 35).reshape(5, 7)}, **settings) == {"x": True}
+
+
+@pytest.mark.parametrize("x", [np.ones((3, 1)), np.ones((50, 41, 1))], ids=["jacobian", "directions"])
+def test_right_gradient_that_vanishes_passes(x):
+    """A layer norm over one channel forgets its input: zero is the right answer, and no remainder has a slope."""
+    verdicts = verdict(lambda x: reference.layernorm(x, np.ones(1), np.ones(1)),
+                       lambda dy, cache: reference.layernorm_backward(dy, cache)[0], {"x": x})
+    assert verdicts == {"x": True}
+
+
+# ---- impossible answers are refused, reports can be read ----------------------------------------------------------
+
+@pytest.mark.parametrize("answer, message", [
+    (lambda dx, dw, db: (dx, dw.T, db), r"gradient of weight has shape \(4, 3\), expected \(3, 4\)"),
+    (lambda dx, dw, db: (dx, dw, db[:, None]), r"gradient of bias has shape \(4, 1\), expected \(4,\)"),
+    (lambda dx, dw, db: (dx.sum(), dw, db), r"gradient of x has shape \(\), expected \(2, 5, 3\)"),
+    (lambda dx, dw, db: (dx, dw), "2 gradients for 3 arguments"),
+    (lambda dx, dw, db: (dx, dw, db, db), "4 gradients for 3 arguments"),
+    (lambda dx, dw, db: dx, "1 gradients for 3 arguments"),
+    (lambda dx, dw, db: (dx, dw, db * np.nan), "gradient of bias is not finite"),
+    (lambda dx, dw, db: (dx / 0, dw, db), "gradient of x is not finite")])
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_impossible_gradients_are_refused(answer, message):
+    _, _, forward, backward, inputs = case("linear")
+    with pytest.raises(ValueError, match=message):
+        check(forward, lambda dy, cache: answer(*backward(dy, cache)), inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sick", range(1, 15))
+def test_forward_that_turns_nan_never_passes(sick):
+    """NaN in a single one of the evaluations, whichever it is."""
+    calls = []
+
+    def forward(x):
+        calls.append(0)
+        return (np.full_like(x, np.nan) if len(calls) == 1 + sick else np.sin(x)), (x,)
+    try:
+        passed = verdict(forward, lambda dy, cache: dy * np.cos(cache[0]), {"x": np.linspace(-1, 2, 35)})
+    except (ValueError, np.linalg.LinAlgError):
+        return
+    assert passed == {"x": False}
+
+
+def test_rows_hold_what_a_table_needs():
+    _, _, forward, backward, inputs = case("probe")
+    rows = check(forward, backward, inputs, seed=3)
+    assert [row.argument for row in rows] == ["Q", "K", "V"]
+    for row in rows:
+        assert row.seed == 3 and row.passed is True
+        assert row.method in ("jacobian", "directions")
+        assert row.analytic == pytest.approx(row.numeric, rel=RTOL["right"])
+        assert 0 <= row.relative_error < RTOL["right"] and row.taylor_slope == pytest.approx(2, abs=0.05)
+    assert check(forward, backward, inputs, seed=3) == rows != check(forward, backward, inputs, seed=4)
+
+
+def test_relative_error_is_the_size_of_the_mistake():
+    _, _, forward, backward, inputs = case("linear")
+    for size in (1e-1, 1e-3, 1e-5):
+        rows = check(forward, lambda dy, cache: (backward(dy, cache)[0] * (1 + size), *backward(dy, cache)[1:]), inputs)
+        assert rows[0].relative_error == pytest.approx(size, rel=0.2)
+
+
+def test_large_arguments_use_directions_and_small_ones_the_jacobian():
+    def method(x):
+        return check(lambda x: (x * x, (x,)), lambda dy, cache: 2 * dy * cache[0], {"x": x})[0].method
+    assert method(np.ones((3, 5))) == "jacobian"
+    assert method(np.ones((31, 37))) == "directions"
+
+
+def test_report_is_repeatable_and_shows_the_broken_ones(monkeypatch):
+    small = [case for case in gradcheck.cases(reference) if not case[0].startswith("naf")]
+    monkeypatch.setattr(gradcheck, "cases", lambda ops, seed=0: iter(small))
+    report = gradcheck.report("cpu", 0)
+    assert report == gradcheck.report("cpu", 0)
+    assert json.loads(json.dumps(report)) == report
+    assert [row["name"] for row in report[:len(small)]] == [case[0] for case in small]
+    assert len(report) == len(small) + 4 and all(row["passed"] for row in report)
+    assert all(row["relative_error"] > 1e-4 for row in report[len(small):])
+    assert report[0].keys() >= {"name", "arguments", "argument", "analytic", "numeric", "relative_error", "taylor_slope", "seed", "tolerance"}
+
+
+def test_report_shows_a_wrong_operation(monkeypatch):
+    name, tolerance, forward, backward, inputs = case("affinity")
+    wrong = (name, tolerance, forward, lambda dy, cache: (backward(dy, cache)[0], backward(dy, cache)[1] * 1.001), inputs)
+    monkeypatch.setattr(gradcheck, "cases", lambda ops, seed=0: iter([wrong]))
+    row = gradcheck.report("reference")[0]
+    assert (row["name"], row["argument"], row["passed"]) == ("affinity", "A", False)
+
+
+# ---- modules -----------------------------------------------------------------------------------------------------------
+
+CONFIGS = [CEAConfig(rank=3, heads=2, affinity=affinity, level=level, static=static)
+           for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+
+
+@pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)], ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.rank}")
+def test_fresh_cea_layer_is_the_identity(config):
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        p = {name: np.full(shape, np.nan, dtype) for name, shape in cea.shapes(6, config).items()}
+        cea.init(p, rng)
+        x = rng.normal(size=(2, 3, 5, 6)).astype(dtype)
+        assert np.array_equal(cea.cea(x, p, config)[0], x)
+        assert all(np.isfinite(value).all() for value in p.values())
+
+
+def test_fresh_adapters_change_no_image():
+    bare = NAFNetConfig(width=8, adapter="none")
+    image = np.random.default_rng(0).random((2, 9, 6, 3), np.float32)
+    p = nafnet.init(bare, np.random.default_rng(1))
+    expected, _ = nafnet.nafnet(image, p, bare)
+    config = replace(bare, adapter="cea")
+    q = nafnet.init(config, np.random.default_rng(2))
+    nafnet.load_nafnet_state(p, q)
+    assert np.array_equal(nafnet.nafnet(image, q, config)[0], expected)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_parameter_gets_a_gradient(adapter):
+    """At a perturbed point: at the start W_U and beta are zero and hide what is behind them."""
+    rng, config = np.random.default_rng(0), nafnet.by_adapter(adapter)
+    p = nafnet.init(config, rng, np.float64)
+    p.flat += rng.normal(0, 0.1, p.flat.shape)
+    g = p.zeros_like()
+    restored, cache = nafnet.nafnet(rng.random((2, 15, 18, 3)), p, config, reference)
+    _, c_loss = reference.psnr_loss(restored, rng.random(restored.shape))
+    nafnet.nafnet_backward(reference.psnr_loss_backward(1.0, c_loss)[0], cache, g)
+    assert not [name for name, value in g.items() if not value.any()]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_gradients_are_added_never_written_over(adapter):
+    rng, config = np.random.default_rng(0), replace(nafnet.by_adapter(adapter), width=8)
+    p = nafnet.init(config, rng, np.float64)
+    p.flat += rng.normal(0, 0.1, p.flat.shape)
+    image = rng.random((2, 7, 10, 3))
+    y, cache = nafnet.nafnet(image, p, config, reference)
+    once, more = p.zeros_like(), p.zeros_like()
+    start = rng.normal(size=more.flat.shape)
+    more.flat[...] = start
+    dx = nafnet.nafnet_backward(y, cache, once)
+    assert np.array_equal(nafnet.nafnet_backward(y, cache, more), dx)              # the cache serves twice
+    nothing = [name for name, value in once.items() if not value.any()]
+    assert not nothing and np.abs(more.flat - start - once.flat).max() < RTOL["same sum in another order"] * np.abs(more.flat).max()
+
+
+def test_image_without_caches_is_the_same_image():
+    rng, config = np.random.default_rng(0), NAFNetConfig(width=8)
+    p = nafnet.init(config, rng)
+    p.flat += rng.normal(0, 0.1, p.flat.shape).astype(np.float32)
+    image = rng.random((1, 7, 10, 3), np.float32)
+    kept, dropped = (nafnet.nafnet(image, p, config, keep=keep) for keep in (True, False))
+    assert np.array_equal(kept[0], dropped[0]) and dropped[1][0] == []
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda c: f"static {c.static or 'none'}")
+def test_anatomy_is_what_the_layer_added(config):
+    forward, _, inputs = layer(replace(config, probe_channels=D))
+    y, cache = forward(*inputs.values())
+    parts = cea.anatomy(cache)
+    added = np.einsum("bnr,brc->bnc", parts["S"], parts["U"]) / config.rank**0.5
+    assert np.abs((y - inputs["x"]).reshape(added.shape) - added).max() < RTOL["same sum in another order"] * np.abs(added).max()
+    assert (parts["P"] is None) == (config.static == "AU")

@@ -1,0 +1,161 @@
+"""The command `tinycea`: train, restore, degrade, demo, gradcheck. Bad input ends in one sentence and exit status 2."""
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from .errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are an InputError that lists the valid options."""
+
+    def error(self, message):
+        options = " ".join(option for action in self._actions for option in action.option_strings[-1:])
+        raise InputError(f"{message}; `{self.prog}` takes {options}")
+
+
+def parser():
+    """The parser of all commands; each command's function is its `run`."""
+    top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, by hand in NumPy.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run, description):
+        sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    sub = command(train, "train a model on a suite of degradations and leave a run folder (about four minutes by default)")
+    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, or several joined by + (default aio5)")
+    sub.add_argument("--adapter", help="none, cea or one of its ablations, such as cea-softmax (default cea)")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="training steps (default 3000)")
+    length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
+    sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
+    sub.add_argument("--backend", help="cpu or reference (default cpu)")
+    sub.add_argument("--images", metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
+    sub.add_argument("--out", metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
+    sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
+
+    sub = command(restore, "restore photographs with a trained model")
+    sub.add_argument("photos", nargs="+", metavar="PHOTO", help="image files, or folders of them")
+    sub.add_argument("-o", "--out", required=True, help="an image file for one photo, a folder for several")
+    sub.add_argument("--weights", metavar="FILE", help="a model.safetensors of a run (default: the model in the package)")
+
+    sub = command(degrade, "degrade a photograph")
+    sub.add_argument("photo", metavar="PHOTO")
+    sub.add_argument("-o", "--out", required=True, help="the image file to write")
+    sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="such as haze+rain")
+    sub.add_argument("--seed", type=natural, default=0)
+
+    sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
+    sub.add_argument("-o", "--out", default="demo.png", help="the picture to write (default demo.png)")
+
+    sub = command(gradcheck, "hold every hand-written gradient against central differences")
+    sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
+    sub.add_argument("--backend", default="cpu", help="cpu or reference (default cpu)")
+    sub.add_argument("--seed", type=natural, default=0)
+    return top
+
+
+def number(convert, valid, expected):
+    """An argparse type: `convert`, then refuse what is not `valid`."""
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+    return parse
+
+
+count = number(int, lambda n: n > 0, "a positive integer")
+natural = number(int, lambda n: n >= 0, "an integer of at least 0")
+positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
+
+
+# ---- the commands: each takes the parsed arguments and returns an exit status ----------------------------------------
+
+def train(args):
+    from . import train as job
+    from .restore import format_table
+    typed = {name: value for name in ("suite", "adapter", "steps", "seed", "backend", "images") if (value := getattr(args, name)) is not None}
+    recipe = job.Recipe(**typed)
+    out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
+    if args.resume:
+        recipe = job.resumable(out, typed)
+    elif (out / "config.json").exists():
+        raise InputError(f"{out} already holds a run: continue it with --resume if it was interrupted, or name another folder with --out")
+    elif args.minutes:
+        recipe = job.Recipe(**asdict(recipe) | {"steps": job.steps_in(args.minutes, recipe)})
+    result = job.train(recipe, out, args.resume)
+    print(format_table(result["rows"]))
+    print(f"held-out photographs, {result['parameters']} parameters, {result['seconds']:.0f} s of training, "
+          f"peak memory {result['peak_memory_mb']} MB; pictures and weights in {out}")
+    return 0
+
+
+def restore(args):
+    from .restore import WEIGHTS, restore_files
+    for target in restore_files(args.photos, args.out, args.weights or WEIGHTS):
+        print(target)
+    return 0
+
+
+def degrade(args):
+    import numpy as np
+
+    from .degrade import compose, parse
+    from .scenes import Scene, read_image, rgb, write_image
+    names = parse(args.names)
+    pixels, _ = read_image(args.photo)
+    write_image(args.out, compose(Scene(rgb(pixels)), names, np.random.default_rng(args.seed)))
+    print(args.out)
+    return 0
+
+
+def demo(args):
+    from . import plots
+    from .restore import demo as run
+    plots.demo(*run(), args.out)
+    print(args.out)
+    return 0
+
+
+def gradcheck(args):
+    from .gradcheck import report
+    start = time.perf_counter()
+    rows = report(args.backend, args.seed)
+    failed = sum(not row["passed"] for row in rows)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{'pair':42s} {'worst argument':30s} {'analytic':>13s} {'numeric':>13s} {'rel. error':>10s} {'slope':>6s}")
+        for row in rows:
+            print(f"{row['name']:42s} {row['argument']:30s} {row['analytic']:13.6e} {row['numeric']:13.6e} "
+                  f"{row['relative_error']:10.1e} {row['taylor_slope']:6.3f}  {'ok' if row['passed'] else 'FAILED'}")
+        print(f"{len(rows) - failed} of {len(rows)} passed in {time.perf_counter() - start:.1f} s, backend {args.backend}, seed {args.seed}")
+    return 1 if failed else 0
+
+
+def main(argv=None):
+    """Run the command line -> exit status: 0, 1 for a failed check, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unknown argument {unknown[0]}")
+        return args.run(args)
+    except (InputError, OSError) as error:
+        print(f"tinycea: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"tinycea: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The pictures a run leaves behind. Figures are drawn without pyplot: no window, no global state."""
+import numpy as np
+from matplotlib.figure import Figure
+
+from .errors import atomic
+
+
+def _save(figure, path):
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight", pad_inches=0.08)
+
+
+def _show(axes, image, title="", below="", **settings):
+    """An image without ticks, a title above and a line below."""
+    axes.imshow(image, interpolation="nearest" if min(np.shape(image)[:2]) < 64 else "auto", **settings)
+    axes.set(xticks=[], yticks=[], title=title, xlabel=below)
+
+
+def curve(rows, path):
+    """Training PSNR (minus the loss, a running mean over 100 steps) and held-out PSNR against the step; rows of log.csv."""
+    steps, loss = np.array([row[0] for row in rows]), np.array([row[2] for row in rows])
+    window = min(100, len(loss))
+    figure = Figure((6.4, 3.6))
+    axes = figure.subplots()
+    axes.plot(steps[window - 1:], np.convolve(-loss, np.full(window, 1 / window), "valid"), label=f"training batches, mean of {window}")
+    held = [(row[0], row[4]) for row in rows if row[4] != ""]
+    axes.plot(*zip(*held), "k--", marker=".", label="held-out patches")
+    axes.set(xlabel="step", ylabel="PSNR (dB)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def before_after(results, path):
+    """One row per result of `restore.held_out`: degraded | restored | clean, with PSNR and SSIM under each."""
+    heights = [r["images"][2].shape[0] / r["images"][2].shape[1] for r in results]
+    figure = Figure((10.5, 3.5 * sum(heights) + 0.5 * len(results)), layout="constrained")
+    for axes, r in zip(figure.subplots(len(results), 3, squeeze=False, height_ratios=heights), results):
+        degraded, restored, clean = r["images"]
+        _show(axes[0], degraded, f"{r['photograph']}, {r['entry']}", "{:.2f} dB, SSIM {:.3f}".format(*r["before"]))
+        _show(axes[1], restored, "restored", "{:.2f} dB, SSIM {:.3f}".format(*r["after"]))
+        _show(axes[2], clean, "clean", "PSNR in dB on RGB, SSIM 1")
+    _save(figure, path)
+
+
+def routing(degraded, mask, names, S, stage, path):
+    """A photograph under different degradations, its regions, and the signed affinity map of every rank component.
+
+    degraded (H,W,3), mask (H,W,K) of the K names, S (h,w,R). Maps share one scale, symmetric about zero.
+    """
+    R = S.shape[-1]
+    limit = float(np.quantile(abs(S), 0.995)) or 1.0
+    columns = 1 + -(-R // 2)
+    figure = Figure((2.3 * columns, 2.3 * 2 * degraded.shape[0] / degraded.shape[1] + 1.4), layout="constrained")
+    grid = figure.subplots(2, columns)
+    _show(grid[0, 0], degraded, "degraded input")
+    regions(grid[1, 0], mask, names)
+    for axes in grid[:, 1:].flat[R:]:
+        axes.axis("off")
+    for r, axes in zip(range(R), grid[:, 1:].flat):
+        _show(axes, S[..., r], f"r = {r + 1}", f"{100 * np.mean(S[..., r] < 0):.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
+    figure.colorbar(axes.images[0], ax=grid[:, 1:], shrink=0.6, label="affinity S")
+    figure.suptitle(f"Signed affinities after {stage}: they follow edges and brightness at least as much as the degradations", fontsize=10)
+    _save(figure, path)
+
+
+def regions(axes, mask, names):
+    """The mask (H,W,K) as gray levels, each region labeled with its degradation at its center."""
+    label = mask.argmax(-1)
+    _show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
+    for k, name in enumerate(names):
+        y, x = np.argwhere(label == k).mean(0)
+        axes.text(x, y, name, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+
+
+def demo(degraded, restored, clean, mask, names, path):
+    """Degraded | restored | clean, the borders of the regions drawn in, and each region's PSNR before and after."""
+    label = mask.argmax(-1)
+    figure = Figure((12, 4.9 * clean.shape[0] / clean.shape[1]), layout="constrained")
+    for axes, image, title in zip(figure.subplots(1, 3), (degraded, restored, clean), ("degraded", "restored", "clean")):
+        _show(axes, image, title)
+        if title == "clean":
+            continue
+        axes.contour(label, np.arange(len(names) - 1) + 0.5, colors="white", linewidths=1.2)
+        for k, name in enumerate(names):
+            y, x = np.argwhere(label == k).mean(0)
+            psnr = -10 * np.log10(np.mean((image - clean)[label == k] ** 2))
+            axes.text(x, y, f"{name}\n{psnr:.1f} dB", ha="center", va="center", fontsize=10,
+                      bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2})
+    _save(figure, path)

@@ -1,0 +1,95 @@
+"""Restore images with a trained model: arrays, files and folders; and how well it did, in PSNR and SSIM."""
+from pathlib import Path
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from .degrade import degrade, patchwork
+from .errors import InputError
+from .nafnet import load_model, nafnet
+from .ops import cpu
+from .scenes import Scene, list_images, photographs, read_image, rgb, write_image
+
+WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
+SSIM = "RGB float in [0,1], Gaussian window of standard deviation 1.5, population covariance (Wang et al. 2004)"
+TEST_SEED = 0                                 # of the degradations of held-out photographs: the same in every run
+
+
+def restore(image, p, config, ops=cpu):
+    """The restored image. image (H,W,3) float in [0,1], any size from 1 x 1 up -> (H,W,3) in [0,1]."""
+    y, _ = nafnet(image[None], p, config, ops, keep=False)
+    return np.clip(y[0], 0, 1)
+
+
+def quality(image, clean):
+    """(PSNR in dB, SSIM as SSIM says) of an image (H,W,3) in [0,1] against the clean one; both sides at least 11 pixels."""
+    return (float(peak_signal_noise_ratio(clean, image, data_range=1)),
+            float(structural_similarity(clean, image, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                        use_sample_covariance=False)))
+
+
+def held_out(entries, p, config, ops=cpu, split="test"):
+    """Restore every photograph of a split under every entry of a suite; yields dicts with entry, photograph, images and metrics."""
+    for j, (name, clean) in enumerate(photographs(split).items()):
+        for entry in entries:
+            rng = np.random.default_rng([TEST_SEED, j, *entry.encode()])
+            degraded = degrade(Scene(clean), entry, rng)
+            restored = restore(degraded, p, config, ops)
+            before, after = quality(degraded, clean), quality(restored, clean)
+            yield {"entry": entry, "photograph": name, "images": (degraded, restored, clean), "before": before, "after": after}
+
+
+def table(results):
+    """Rows (dicts) per degradation, averaged over photographs, then the average over degradations: PSNR and SSIM before and after."""
+    columns = ("psnr_before", "ssim_before", "psnr_after", "ssim_after")
+    entries = list(dict.fromkeys(r["entry"] for r in results))
+    means = [np.mean([r["before"] + r["after"] for r in results if r["entry"] == entry], 0) for entry in entries]
+    return [{"degradation": entry} | dict(zip(columns, map(float, mean)))
+            for entry, mean in zip(entries + ["average"], means + [np.mean(means, 0)])]
+
+
+def format_table(rows):
+    """The rows of `table` as aligned text."""
+    lines = [f"{'degradation':16s} {'PSNR before':>11s} {'after':>7s} {'gain':>7s}   {'SSIM before':>11s} {'after':>7s}"]
+    for r in rows:
+        lines.append(f"{r['degradation']:16s} {r['psnr_before']:11.2f} {r['psnr_after']:7.2f} {r['psnr_after'] - r['psnr_before']:+7.2f}   "
+                     f"{r['ssim_before']:11.3f} {r['ssim_after']:7.3f}")
+    return "\n".join(lines)
+
+
+def restore_files(paths, out, weights=WEIGHTS):
+    """Restore files or folders of images; yields each path written.
+
+    One file goes to `out` if that has an image's suffix; otherwise `out` is a folder, made if need be, and each image keeps its name.
+    The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray. Raises InputError for a
+    file that is no image (in a folder it is refused before anything is written), or two images of one name.
+    """
+    files, out = list_images(paths), Path(out)
+    p, config = load_model(weights)
+    images = [read_image(file) for file in files]
+    targets = [out] if out.suffix and len(files) == 1 and not out.is_dir() else [out / file.name for file in files]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise InputError(f"two of the images are called {target.name}: restore them into different folders")
+    make_folder(targets[0].parent)
+    for target, (pixels, dtype) in zip(targets, images):
+        restored = restore(rgb(pixels), p, config)
+        if pixels.shape[2] < 3:
+            restored = restored.mean(-1, keepdims=True)
+        write_image(target, np.concatenate((restored, pixels[..., restored.shape[2]:]), -1), dtype)
+        yield target
+
+
+def make_folder(path):
+    """Make a folder and its parents if need be, or raise InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from None
+
+
+def demo(names=("noise25", "rain", "snow")):
+    """A held-out photograph with one degradation per region, restored by the shipped weights -> degraded, restored, clean, mask, names."""
+    clean = photographs("test")["astronaut"]
+    degraded, mask, names = patchwork(Scene(clean), np.random.default_rng(TEST_SEED), names)
+    return degraded, restore(degraded, *load_model(WEIGHTS)), clean, mask, names

@@ -1,0 +1,265 @@
+"""The main job: train a restorer on toy degradations and leave a run folder that explains itself.
+
+Every batch is a pure function of (seed, step), so a run that was interrupted and resumed ends with the same bits as one that was not.
+"""
+import csv
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import __version__, plots
+from .degrade import degrade, patchwork, suite
+from .errors import InputError, atomic
+from .nafnet import anatomies, by_adapter, init, nafnet, nafnet_backward, save_model
+from .ops import backend
+from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
+from .params import load, save
+from .restore import SSIM, TEST_SEED, format_table, held_out, make_folder, table
+from .scenes import Scene, autolevel, crop, dead_leaves, folder, photographs
+
+EVERY = 100                                   # steps between two looks at the held-out patches
+SAVE_SECONDS = 30                             # between two states written for --resume
+COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of; with the machine it determines every byte of the weights."""
+    suite: str = "aio5"
+    adapter: str = "cea"
+    steps: int = 3000
+    seed: int = 0
+    backend: str = "cpu"
+    images: str | None = None                 # a folder that replaces scikit-image's training photographs
+    batch: int = 8
+    patch: int = 48                           # pixels a side
+    scenes: int = 32                          # dead leaves of 256 x 256
+    lr: float = 2e-3
+    decay: float = 1e-4
+    warmup: int = 50                          # steps
+    clip: float = 1.0
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def clean_scenes(recipe):
+    """Two lists of Scenes to cut patches from: dead leaves, and photographs."""
+    leaves = [dead_leaves(256, np.random.default_rng([recipe.seed, i]))
+              for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)]
+    images = folder(recipe.images) if recipe.images else photographs("train")
+    return leaves, [Scene(image) for image in images.values()]
+
+
+def pair(scene, entry, size, rng):
+    """(degraded, clean) patches (size,size,3) of a random, auto-leveled crop."""
+    scene = autolevel(crop(scene, size, rng))
+    return degrade(scene, entry, rng), scene.image
+
+
+def batch(recipe, scenes, entries, step):
+    """Degraded and clean patches (B,P,P,3) of one step, half from dead leaves and half from photographs."""
+    rng = np.random.default_rng([recipe.seed, recipe.scenes + step])
+    pairs = []
+    for i in range(recipe.batch):
+        kind = scenes[i % 2]
+        pairs.append(pair(kind[rng.integers(len(kind))], entries[rng.integers(len(entries))], recipe.patch, rng))
+    return [np.stack(images) for images in zip(*pairs)]
+
+
+def held_out_patches(entries, size=96):
+    """Degraded and clean patches (B,96,96,3) of the validation photographs, two per entry of the suite, always the same."""
+    pairs = [pair(Scene(image), entry, size, np.random.default_rng([i, j]))
+             for i, image in enumerate(photographs("validation").values()) for j, entry in enumerate(entries)]
+    return [np.stack(images) for images in zip(*pairs)]
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+def gradient(degraded, clean, p, config, ops, g):
+    """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
+    g.flat[:] = 0
+    restored, cache = nafnet(degraded, p, config, ops)
+    loss, c_loss = ops.psnr_loss(restored, clean)
+    dloss, _ = ops.psnr_loss_backward(1.0, c_loss)
+    nafnet_backward(dloss, cache, g)
+    return float(loss)
+
+
+def mean_psnr(degraded, clean, p, config, ops):
+    """Mean PSNR in dB over a batch of patches."""
+    restored, _ = nafnet(degraded, p, config, ops, keep=False)
+    return -float(ops.psnr_loss(np.clip(restored, 0, 1), clean)[0])
+
+
+def steps_in(minutes, recipe):
+    """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
+    scenes = clean_scenes(Recipe(**asdict(recipe) | {"scenes": 1}))
+    config, ops, entries = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite)
+    p = init(config, np.random.default_rng(0))
+    g = p.zeros_like()
+    seconds = []
+    for step in range(10):
+        start = time.perf_counter()
+        gradient(*batch(recipe, scenes, entries, step), p, config, ops, g)
+        seconds.append(time.perf_counter() - start)
+    return max(1, round(60 * minutes / float(np.median(seconds))))
+
+
+def resumable(out, typed):
+    """The Recipe of the interrupted run in `out`; InputError if there is none, it is finished, or an option typed now differs."""
+    if (out / "result.json").exists():
+        raise InputError(f"{out}: this run is finished, there is nothing to resume")
+    if not (out / "state.safetensors").exists():
+        raise InputError(f"{out}: holds no interrupted run to resume")
+    try:
+        recipe = Recipe(**json.loads((out / "config.json").read_text())["recipe"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{out / 'config.json'}: not the configuration of a run") from None
+    for name, value in typed.items():
+        if value != getattr(recipe, name):
+            raise InputError(f"{out}: this run was started with {name} {getattr(recipe, name)}, it cannot resume with {value}")
+    return recipe
+
+
+def train(recipe, out, resume=False):
+    """Train by the recipe into the run folder `out` -> the dict of result.json.
+
+    Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
+    Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
+    """
+    config, ops, entries, out = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite), Path(out)
+    make_folder(out)
+    write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
+    scenes, validation = clean_scenes(recipe), held_out_patches(entries)
+
+    p = init(config, np.random.default_rng(recipe.seed))
+    g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
+    decay = recipe.decay * decay_mask(p)
+    done, seconds, rows = 0, 0.0, []
+    if resume:
+        state, metadata = load(out / "state.safetensors")
+        for array, name in ((p.flat, "w"), (m, "m"), (v, "v")):
+            array[:] = state[name]
+        done, seconds = metadata["step"], metadata["seconds"]
+        rows = read_log(out / "log.csv")[:done]
+
+    def save_state():
+        save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v}, step=done, seconds=seconds)
+        write_log(out / "log.csv", rows)
+
+    with interruptible() as interrupted, ThreadPoolExecutor(1) as worker, \
+            tqdm(total=recipe.steps, initial=done, desc="training", unit="step", disable=None) as bar:
+        start, saved = time.perf_counter() - seconds, time.perf_counter()
+        coming = worker.submit(batch, recipe, scenes, entries, done)
+        while done < recipe.steps and not interrupted():
+            degraded, clean = coming.result()
+            coming = worker.submit(batch, recipe, scenes, entries, done + 1)        # made while this step is computed
+            loss = gradient(degraded, clean, p, config, ops, g)
+            norm = clip_by_norm(g.flat, recipe.clip)
+            if not np.isfinite(loss + norm):
+                raise InputError(f"training diverged at step {done + 1}: the loss is {loss}, the gradient's norm {norm}")
+            done += 1
+            rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
+            adamw(p.flat, g.flat, m, v, done, rate, decay)
+            psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else ""
+            seconds = time.perf_counter() - start
+            rows.append((done, rate, loss, norm, psnr, seconds))
+            if psnr != "" or done == 1:
+                recent = np.mean([row[2] for row in rows[-EVERY:]])
+                bar.set_postfix_str(f"loss {recent:.2f} dB" + (f", held-out PSNR {psnr:.2f} dB" if psnr else ""))
+            bar.update()
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                save_state()
+                saved = time.perf_counter()
+    save_state()
+    if done < recipe.steps:
+        raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on from there")
+    return finish(recipe, config, p, ops, entries, rows, seconds, out)
+
+
+def finish(recipe, config, p, ops, entries, rows, seconds, out):
+    """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last and marks the run as whole."""
+    photos = 3 * len(entries)
+    results = list(tqdm(held_out(entries, p, config, ops), total=photos, desc="held-out photographs", leave=False, disable=None))
+    result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
+              "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(),
+              "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+              "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
+    save_model(out / "model.safetensors", p, config, table=result["rows"])
+    plots.curve(rows, out / "curve.png")
+    plots.before_after([next(r for r in results if r["photograph"] == photo and r["entry"] == entries[i % len(entries)])
+                        for i, photo in enumerate(dict.fromkeys(r["photograph"] for r in results))], out / "before_after.png")
+    if config.adapted():
+        plots.routing(*affinity_maps(p, config, ops), out / "routing.png")
+    write_json(out / "result.json", result)
+    (out / "state.safetensors").unlink()
+    return result
+
+
+def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
+    """Forward a held-out photograph with one degradation per region -> degraded, mask, names, S (h,w,R) of the last stage, its name."""
+    degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
+    _, cache = nafnet(degraded[None], p, config, ops)
+    stage, anatomy = list(anatomies(cache).items())[-1]
+    m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
+    h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
+    return degraded, mask, names, anatomy["S"].reshape(h, w, -1), stage
+
+
+def peak_memory():
+    """The process's peak resident memory in MB, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:                       # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+@contextmanager
+def interruptible():
+    """Within, Ctrl-C is remembered instead of raised: yields a function that tells whether it came. A second one is raised."""
+    came = []
+
+    def handler(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+def write_json(path, value):
+    """JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_log(path, rows):
+    """log.csv, whole or not at all: one line per step."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+def read_log(path):
+    """The rows of log.csv, numbers as numbers."""
+    with open(path, newline="") as file:
+        return [(int(step), *(float(x) if x else "" for x in row)) for step, *row in list(csv.reader(file))[1:]]
