@@ -347,12 +347,9 @@ def test_float32_in_float32_out(room, number):
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("seed", SEEDS)
-@EVERY_CASE
+@pytest.mark.parametrize("number, seed", [(i, seed) for i, name in enumerate(CASES) for seed in SEEDS if not (seed and "nafnet" in name)])       # the whole network once, its parts with every seed
 def test_backward_is_the_central_difference(room, number, seed):
-    name, tolerance, forward, backward, inputs = case(room, number, seed)
-    if seed and name.startswith("nafnet"):
-        pytest.skip("the whole network once: its parts are checked with every seed")
+    _, tolerance, forward, backward, inputs = case(room, number, seed)
     failed = [row for row in gradcheck.check(forward, backward, inputs, seed, tolerance=tolerance) if not row.passed]
     assert not failed
 

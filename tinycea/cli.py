@@ -1,12 +1,16 @@
 """The command `tinycea`: train, restore, degrade, demo, gradcheck. Bad input ends in one sentence and exit status 2."""
 import argparse
 import json
+import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import InputError
+
+# Before NumPy is imported: products this small gain nothing from a second BLAS thread, and spin when another process wants the core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,10 +92,10 @@ def train(args):
     out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if args.resume:
         recipe = job.resumable(out, typed)
-    elif (out / "config.json").exists():
+    elif (out / "result.json").exists() or (out / "state.safetensors").exists():
         raise InputError(f"{out} already holds a run: continue it with --resume if it was interrupted, or name another folder with --out")
     elif args.minutes:
-        recipe = job.Recipe(**asdict(recipe) | {"steps": job.steps_in(args.minutes, recipe)})
+        recipe = replace(recipe, steps=job.steps_in(args.minutes, recipe))
     result = job.train(recipe, out, args.resume)
     print(format_table(result["rows"]))
     print(f"held-out photographs, {result['parameters']} parameters, {result['seconds']:.0f} s of training, "

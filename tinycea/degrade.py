@@ -145,10 +145,10 @@ def haze(image, rng, strength=1.0, depth=None):
 def motion(image, rng, strength=1.0):
     """The image convolved with the path of a shaken camera: a centered Gaussian process of Matern covariance (as in deepinv).
 
-    The path strays U(2, 5.5) strength pixels (standard deviation of the process) along each axis.
+    The path strays strength U(3, 7) pixels (standard deviation of the process) along each axis.
     """
     path = _matern_factor() @ rng.standard_normal((128, 2))
-    return blur(image, trace(strength * rng.uniform(2, 5.5) * (path - path.mean(0))))
+    return blur(image, trace(strength * rng.uniform(3, 7) * (path - path.mean(0))))
 
 
 @degradation

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from .errors import InputError, atomic
 
-FORMAT, VERSION = "tinycea", "1"
+VERSION = 1                                   # of the checkpoint format
 
 
 class Params(dict):
@@ -37,8 +37,11 @@ def under(p, prefix):
 
 
 def save(path, tensors, **metadata):
-    """Write named arrays as safetensors, whole or not at all, with JSON-able metadata and the format's version."""
-    header = {"format": FORMAT, "version": VERSION} | {key: json.dumps(value) for key, value in metadata.items()}
+    """Write named arrays as safetensors, whole or not at all, with JSON-able metadata and the format's version.
+
+    The metadata is one JSON string: safetensors writes several in no fixed order, and equal content shall be equal bytes.
+    """
+    header = {"tinycea": json.dumps({"version": VERSION} | metadata)}
     with atomic(path) as temporary:
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, header)
 
@@ -47,15 +50,21 @@ def load(path):
     """Read what `save` wrote -> (tensors, metadata). A missing, truncated or foreign file, or another version: InputError."""
     try:
         with safe_open(path, "numpy") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = _metadata(path, file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({str(error).strip()})") from None
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path}: a safetensors file, but not one that tinycea wrote")
-    if header.get("version") != VERSION:
-        raise InputError(f"{path}: checkpoint format version {header.get('version')}; this tinycea reads version {VERSION}")
-    return tensors, {key: json.loads(value) for key, value in header.items() if key not in ("format", "version")}
+
+
+def _metadata(path, header):
+    try:
+        metadata = json.loads(header["tinycea"])
+        version = metadata.pop("version")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}: a safetensors file, but not one that tinycea wrote") from None
+    if version != VERSION:
+        raise InputError(f"{path}: checkpoint format version {version}; this tinycea reads version {VERSION}")
+    return metadata
 
 
 def copy_into(p, tensors, source):

@@ -1,6 +1,7 @@
 """The pictures a run leaves behind. Figures are drawn without pyplot: no window, no global state."""
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.ndimage import distance_transform_edt
 
 from .errors import atomic
 
@@ -60,7 +61,7 @@ def routing(degraded, mask, names, S, stage, path):
     for r, axes in zip(range(R), grid[:, 1:].flat):
         _show(axes, S[..., r], f"r = {r + 1}", f"{100 * np.mean(S[..., r] < 0):.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(axes.images[0], ax=grid[:, 1:], shrink=0.6, label="affinity S")
-    figure.suptitle(f"Signed affinities after {stage}: they follow edges and brightness at least as much as the degradations", fontsize=10)
+    figure.suptitle(f"Signed affinity of every token to each of the {R} routing bases written for this image, after {stage}", fontsize=10)
     _save(figure, path)
 
 
@@ -69,8 +70,14 @@ def regions(axes, mask, names):
     label = mask.argmax(-1)
     _show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
     for k, name in enumerate(names):
-        y, x = np.argwhere(label == k).mean(0)
-        axes.text(x, y, name, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+        _label(axes, label == k, name)
+
+
+def _label(axes, region, text):
+    """Text at the pixel of a region (H,W) that lies farthest from its border."""
+    inside = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(inside.argmax(), region.shape)
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5})
 
 
 def demo(degraded, restored, clean, mask, names, path):
@@ -83,8 +90,6 @@ def demo(degraded, restored, clean, mask, names, path):
             continue
         axes.contour(label, np.arange(len(names) - 1) + 0.5, colors="white", linewidths=1.2)
         for k, name in enumerate(names):
-            y, x = np.argwhere(label == k).mean(0)
             psnr = -10 * np.log10(np.mean((image - clean)[label == k] ** 2))
-            axes.text(x, y, f"{name}\n{psnr:.1f} dB", ha="center", va="center", fontsize=10,
-                      bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2})
+            _label(axes, label == k, f"{name}\n{psnr:.1f} dB")
     _save(figure, path)

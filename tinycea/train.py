@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .nafnet import anatomies, by_adapter, init, nafnet, nafnet_backward, save_m
 from .ops import backend
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
 from .params import load, save
-from .restore import SSIM, TEST_SEED, format_table, held_out, make_folder, table
+from .restore import SSIM, TEST_SEED, held_out, make_folder, table
 from .scenes import Scene, autolevel, crop, dead_leaves, folder, photographs
 
 EVERY = 100                                   # steps between two looks at the held-out patches
@@ -53,12 +53,16 @@ class Recipe:
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-def clean_scenes(recipe):
-    """Two lists of Scenes to cut patches from: dead leaves, and photographs."""
-    leaves = [dead_leaves(256, np.random.default_rng([recipe.seed, i]))
-              for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)]
+def photographs_of(recipe):
+    """Scenes of the photographs to train on: the user's folder, or scikit-image's training split."""
     images = folder(recipe.images) if recipe.images else photographs("train")
-    return leaves, [Scene(image) for image in images.values()]
+    return [Scene(image) for image in images.values()]
+
+
+def leaves_of(recipe):
+    """The dead-leaves Scenes to train on."""
+    return [dead_leaves(256, np.random.default_rng([recipe.seed, i]))
+            for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)]
 
 
 def pair(scene, entry, size, rng):
@@ -72,7 +76,7 @@ def batch(recipe, scenes, entries, step):
     rng = np.random.default_rng([recipe.seed, recipe.scenes + step])
     pairs = []
     for i in range(recipe.batch):
-        kind = scenes[i % 2]
+        kind = scenes[i % 2]                  # dead leaves, photographs
         pairs.append(pair(kind[rng.integers(len(kind))], entries[rng.integers(len(entries))], recipe.patch, rng))
     return [np.stack(images) for images in zip(*pairs)]
 
@@ -104,7 +108,7 @@ def mean_psnr(degraded, clean, p, config, ops):
 
 def steps_in(minutes, recipe):
     """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
-    scenes = clean_scenes(Recipe(**asdict(recipe) | {"scenes": 1}))
+    scenes = leaves_of(replace(recipe, scenes=1)), photographs_of(recipe)
     config, ops, entries = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite)
     p = init(config, np.random.default_rng(0))
     g = p.zeros_like()
@@ -139,9 +143,10 @@ def train(recipe, out, resume=False):
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     config, ops, entries, out = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite), Path(out)
+    photos = photographs_of(recipe)
     make_folder(out)
     write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
-    scenes, validation = clean_scenes(recipe), held_out_patches(entries)
+    scenes, validation = (leaves_of(recipe), photos), held_out_patches(entries)
 
     p = init(config, np.random.default_rng(recipe.seed))
     g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat

@@ -1,0 +1,174 @@
+"""The commands as a user types them: what they write, and one sentence with a non-zero exit for bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinycea import cli, nafnet
+from tinycea.restore import WEIGHTS, restore, restore_files
+from tinycea.scenes import photographs, read_image, write_image
+
+
+def fails(capsys, *arguments):
+    """Run a command that must be refused -> its one sentence."""
+    assert cli.main(list(map(str, arguments))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("tinycea: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    write_image(path, photographs("validation")["rocket"][:37, :23])
+    return path
+
+
+# ---- what they do ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 9, 1), (2, 3, 4), (37, 23, 2), (5, 64, 3)])
+@pytest.mark.parametrize("suffix, dtype", [(".png", np.uint8), (".tif", np.uint16)])
+def test_restore_keeps_size_channels_alpha_and_depth(tmp_path, shape, suffix, dtype):
+    source, out = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    write_image(source, np.random.default_rng(0).random(shape), dtype)
+    assert list(restore_files([source], out)) == [out]
+    before, after = read_image(source), read_image(out)
+    assert after[0].shape == before[0].shape == shape and after[1] == before[1] == dtype
+    if shape[2] in (2, 4):
+        np.testing.assert_array_equal(after[0][..., -1], before[0][..., -1])
+
+
+def test_restore_a_folder_writes_every_image_under_its_name(tmp_path, photo):
+    write_image(tmp_path / "b.jpg", photographs("validation")["rocket"][:20, :30])
+    assert cli.main(["restore", str(tmp_path), "-o", str(tmp_path / "new" / "folder")]) == 0
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"photo.png", "b.jpg"}
+
+
+def test_shipped_weights_denoise_a_held_out_photograph():
+    clean = photographs("test")["coffee"][100:200, 200:300]
+    noisy = np.clip(clean + np.random.default_rng(0).normal(0, 25 / 255, clean.shape), 0, 1).astype(np.float32)
+    restored = restore(noisy, *nafnet.load_model(WEIGHTS))
+    assert np.mean((restored - clean) ** 2) < np.mean((noisy - clean) ** 2) / 4
+
+
+def test_degrade_is_reproducible_and_seeded(tmp_path, photo):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli.main(["degrade", str(photo), "-o", str(tmp_path / f"{name}.png"), "--as", "haze+rain", "--seed", str(seed)]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b and a != c
+    assert read_image(tmp_path / "a.png")[0].shape == read_image(photo)[0].shape
+
+
+def test_demo_draws_a_picture(tmp_path):
+    assert cli.main(["demo", "-o", str(tmp_path / "demo.png")]) == 0
+    assert read_image(tmp_path / "demo.png")[0].std() > 0.1
+
+
+def test_gradcheck_prints_json_and_passes(capsys):
+    assert cli.main(["gradcheck", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) > 40 and all(row["passed"] for row in rows)
+    own = [row for row in rows if "broken" not in row["name"]]
+    assert max(row["relative_error"] for row in own) <= 1e-6 and min(row["taylor_slope"] for row in own) >= 1.95
+    assert sum("broken" in row["name"] for row in rows) == 4
+
+
+def test_gradcheck_exits_1_on_a_wrong_gradient(monkeypatch, capsys):
+    right = nafnet.cea._assemble_backward
+
+    def wrong(*arguments):
+        dX, dXhat, dA, dU = right(*arguments)
+        return dX, dXhat, dA, -dU
+    monkeypatch.setattr(nafnet.cea, "_assemble_backward", wrong)
+    assert cli.main(["gradcheck"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_short_run_from_the_command_line(tmp_path, photo):
+    """As typed in a shell, warnings as errors, on a folder of one's own."""
+    command = [sys.executable, "-W", "error", "-m", "tinycea.cli", "train", "--steps", "2", "--suite", "patchwork", "--adapter", "none",
+               "--images", str(tmp_path), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "average" in done.stdout and (tmp_path / "run" / "result.json").exists()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+# ---- what they refuse ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train", "--suite", "aio7"], "aio3, aio5, cdd11, patchwork"),
+    (["train", "--adapter", "prompts"], "none, cea, cea-softmax"),
+    (["train", "--backend", "tpu"], "cpu, reference"),
+    (["train", "--stepz", "3"], "--steps"),
+    (["train", "--step", "3"], "--steps"),
+    (["train", "--steps", "0"], "positive integer"),
+    (["train", "--steps", "2.5"], "positive integer"),
+    (["train", "--steps", "9", "--minutes", "1"], "not allowed with"),
+    (["train", "--minutes", "nan"], "positive number"),
+    (["train", "--seed", "-1"], "at least 0"),
+    (["train", "--images", "nowhere"], "nowhere"),
+    (["train", "--resume", "--out", "nowhere"], "nowhere"),
+    (["degrade", "x.png", "-o", "y.png", "--as", "fog"], "haze"),
+    (["degrade", "x.png", "-o", "y.png"], "--as"),
+    (["restore", "nowhere.png", "-o", "out.png"], "nowhere.png"),
+    (["gradcheck", "--backend", "gpu"], "cpu, reference"),
+    (["paint"], "train"),
+    ([], "COMMAND"),
+])
+def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_images(capsys, tmp_path, photo):
+    text, empty, cut = tmp_path / "text.png", tmp_path / "empty.png", tmp_path / "cut.png"
+    text.write_text("no image")
+    empty.touch()
+    cut.write_bytes(photo.read_bytes()[:-400])
+    for path in (text, empty, cut):
+        assert path.name in fails(capsys, "restore", path, "-o", tmp_path / "out.png")
+        assert path.name in fails(capsys, "restore", photo, path, "-o", tmp_path / "out")
+        assert path.name in fails(capsys, "degrade", path, "-o", tmp_path / "out.png", "--as", "rain")
+    assert not (tmp_path / "out.png").exists() and not (tmp_path / "out").exists()
+
+
+def test_bad_outputs(capsys, tmp_path, photo):
+    file = tmp_path / "file"
+    file.touch()
+    assert "file" in fails(capsys, "restore", photo, "-o", file / "out.png")
+    assert "file" in fails(capsys, "train", "--out", file)
+    assert "file" in fails(capsys, "demo", "-o", file / "demo.png")
+    assert "file" in fails(capsys, "degrade", photo, "-o", file / "out.png", "--as", "rain")
+    assert ".docx" in fails(capsys, "degrade", photo, "-o", tmp_path / "out.docx", "--as", "rain")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "photo.png").write_bytes(photo.read_bytes())
+    assert "photo.png" in fails(capsys, "restore", photo, other, "-o", tmp_path / "out")
+
+
+def test_unwritable_folder(capsys, tmp_path, photo):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    locked = Path("/proc") if os.access(locked, os.W_OK) else locked        # root writes anywhere but there
+    assert str(locked) in fails(capsys, "restore", photo, "-o", locked / "out.png")
+    assert str(locked) in fails(capsys, "train", "--out", locked / "run")
+    assert str(locked) in fails(capsys, "demo", "-o", locked / "demo.png")
+
+
+def test_bad_weights(capsys, tmp_path, photo):
+    good = Path(WEIGHTS).read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good[:-1000])
+    assert "cut.safetensors" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", cut)
+    p, _ = nafnet.load_model(WEIGHTS)
+    other = tmp_path / "other.safetensors"
+    nafnet.save_model(other, p, nafnet.NAFNetConfig(width=16))
+    assert "shape" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", other)
+    assert not (tmp_path / "out.png").exists()

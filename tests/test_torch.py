@@ -1,0 +1,321 @@
+"""Proves the whole: outputs and every gradient equal PyTorch's autograd in float64, on networks written here from the mathematics.
+
+NAFNet below is the public architecture under its public names, (B,C,H,W) throughout; nothing of tinycea's arithmetic is called by it.
+"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tinycea import cea, nafnet, optim
+from tinycea.cea import CEAConfig
+from tinycea.errors import InputError
+from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter
+from tinycea.ops import backend
+from tinycea.params import Params
+
+torch = pytest.importorskip("torch")
+nn, F = torch.nn, torch.nn.functional
+torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
+
+RTOL = {"output": 1e-9, "gradient": 1e-9, "loss": 1e-12, "optimizer": 1e-12}     # largest difference over largest value, per tensor
+EVERY_BACKEND = pytest.mark.parametrize("room", ("reference", "cpu"))
+
+
+# ---- the mathematics in PyTorch ----------------------------------------------------------------------------------------
+
+class LayerNorm2d(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class NAFBlock(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C), nn.Conv2d(C, C, 1)
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1))
+        self.conv4, self.conv5 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(C, C, 1)
+        self.norm1, self.norm2 = LayerNorm2d(C), LayerNorm2d(C)
+        self.beta, self.gamma = nn.Parameter(torch.zeros(1, C, 1, 1)), nn.Parameter(torch.zeros(1, C, 1, 1))
+
+    def forward(self, x):
+        u = gate(self.conv2(self.conv1(self.norm1(x))))
+        y = x + self.beta * self.conv3(u * self.sca(u))
+        return y + self.gamma * self.conv5(gate(self.conv4(self.norm2(y))))
+
+
+class NAFNet(nn.Module):
+    """NAFNet; `after(stage, features)` is called where tinycea has its adapter slots."""
+
+    def __init__(self, width, encoders, middle, decoders, unshuffle=1):
+        super().__init__()
+        levels, image = len(encoders), 3 * unshuffle**2
+        self.unshuffle = unshuffle
+        self.intro, self.ending = nn.Conv2d(image, width, 3, padding=1), nn.Conv2d(width, image, 3, padding=1)
+        stages = [nn.Sequential(*(NAFBlock(width * 2**i) for _ in range(n))) for i, n in enumerate(encoders)]
+        self.encoders = nn.ModuleList(stages)
+        self.downs = nn.ModuleList(nn.Conv2d(width * 2**i, width * 2**(i + 1), 2, 2) for i in range(levels))
+        self.middle_blks = nn.Sequential(*(NAFBlock(width * 2**levels) for _ in range(middle)))
+        widths = [width * 2**i for i in reversed(range(levels))]
+        self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * w, 4 * w, 1, bias=False), nn.PixelShuffle(2)) for w in widths)
+        self.decoders = nn.ModuleList(nn.Sequential(*(NAFBlock(w) for _ in range(n))) for w, n in zip(widths, decoders))
+
+    def forward(self, image, after=lambda stage, y: y):
+        H, W = image.shape[2:]
+        multiple = self.unshuffle * 2**len(self.encoders)
+        x = F.pixel_unshuffle(F.pad(image, (0, -W % multiple, 0, -H % multiple)), self.unshuffle)
+        y, skips = self.intro(x), []
+        for i, (encoder, down) in enumerate(zip(self.encoders, self.downs)):
+            skips.append(after(f"encoders.{i}", encoder(y)))
+            y = down(skips[-1])
+        y = after("middle_blks", self.middle_blks(y))
+        for i, (up, decoder, skip) in enumerate(zip(self.ups, self.decoders, reversed(skips))):
+            y = after(f"decoders.{i}", decoder(up(y) + skip))
+        return F.pixel_shuffle(self.ending(y) + x, self.unshuffle)[:, :, :H, :W]
+
+
+def gate(x):
+    return torch.mul(*x.chunk(2, 1))
+
+
+def torch_cea(x, p, config):
+    """The layer on features (B,C,H,W), parameters by name, one einsum per equation."""
+    B, C, H, W = x.shape
+    X = x.flatten(2).transpose(1, 2)
+    Xhat = F.layer_norm(X, (C,), p["norm.weight"], p["norm.bias"], 1e-6)
+    if config.static != "AU":
+        d = p["Q"].shape[1] // config.heads
+        K, V, Q = (t.unflatten(-1, (config.heads, d)) for t in (Xhat @ p["W_K"], Xhat @ p["W_V"], p["Q"]))
+        P = (torch.einsum("rhd,bnhd->bhrn", Q, K) / d**0.5).softmax(-1)
+        Z = torch.einsum("bhrn,bnhd->brhd", P, V).flatten(2)
+    A = p["A"].expand(B, -1, -1) if "A" in config.static else torch.einsum("brd,dc->brc", Z, p["W_A"])
+    U = p["U"].expand(B, -1, -1) if "U" in config.static else torch.einsum("brd,dc->brc", Z, p["W_U"])
+    S = torch.einsum("bnc,brc->bnr", Xhat, A) / C**0.5
+    if config.affinity == "softmax":
+        S = S.softmax(-1)
+    if config.affinity == "topk":
+        values, places = S.topk(config.topk, -1)
+        S = torch.zeros_like(S).scatter(-1, places, values.softmax(-1))
+    if config.level == "image":
+        S = S.mean(1, keepdim=True).expand_as(S)
+    Y = X + torch.einsum("bnr,brc->bnc", S, U) / config.rank**0.5
+    return Y.transpose(1, 2).reshape(x.shape)
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------------------
+
+def tensor(array, grad=True):
+    return torch.tensor(np.ascontiguousarray(array), dtype=torch.float64, requires_grad=grad)
+
+
+def nchw(array):
+    return tensor(array.transpose(0, 3, 1, 2))
+
+
+def nhwc(t):
+    return t.detach().permute(0, 2, 3, 1).numpy()
+
+
+def close(mine, right, kind):
+    mine, right = np.asarray(mine), np.asarray(right)
+    assert mine.shape == right.shape and np.abs(mine - right).max() <= RTOL[kind] * np.abs(right).max()
+
+
+def random_params(shapes, rng):
+    p = Params(shapes, np.float64)
+    for name, value in p.items():                               # never the zeros and ones of an initialization
+        scale = 0.5 if value.ndim == 1 or value.shape[0] == 1 else value[0].size**-0.5
+        value[...] = rng.normal(float(name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))), scale, value.shape)
+    return p
+
+
+def agree(room, x, p, mine, theirs, parameters):
+    """mine(x, p) -> y, cache and backward(dy, cache, g), against theirs(x) and its named parameters: y, dx and every gradient."""
+    forward, backward = mine
+    y, cache = forward(x, p, backend(room))
+    dy = np.random.default_rng(9).normal(size=y.shape)
+    g = p.zeros_like()
+    dx = backward(dy, cache, g)
+    x_torch = nchw(x)
+    y_torch = theirs(x_torch)
+    y_torch.backward(nchw(dy))
+    close(y, nhwc(y_torch), "output")
+    close(dx, nhwc(x_torch.grad), "gradient")
+    assert parameters.keys() == g.keys()
+    for name, value in parameters.items():
+        assert value.grad.any(), name
+        close(g[name], value.grad, "gradient")
+
+
+CEA = [CEAConfig(rank=5, heads=3, probe_channels=9, topk=2, affinity=affinity, level=level, static=static)
+       for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+CEA += [CEAConfig(rank=1, heads=1), CEAConfig(rank=11, heads=6), CEAConfig(rank=5, heads=2, affinity="topk", topk=5)]
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("config", CEA, ids=lambda c: f"R{c.rank}-{c.affinity}-{c.level}-{c.static or 'written'}")
+def test_cea_layer(room, config):
+    rng = np.random.default_rng(0)
+    p = random_params(cea.shapes(6, config), rng)
+    parameters = {name: tensor(value) for name, value in p.items()}
+    agree(room, rng.normal(size=(2, 5, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
+          lambda x: torch_cea(x, parameters, config), parameters)
+
+
+@EVERY_BACKEND
+def test_nafblock(room):
+    rng = np.random.default_rng(0)
+    p, theirs = random_params(nafnet.block_shapes(6), rng), NAFBlock(6).double()
+    theirs.load_state_dict({name: tensor(value) for name, value in p.items()})
+    agree(room, rng.normal(size=(3, 5, 7, 6)), p, (nafnet.nafblock, nafnet.nafblock_backward), theirs, dict(theirs.named_parameters()))
+
+
+def network(config, size, room, seed=0):
+    """A whole network, its adapters too, at random weights."""
+    rng = np.random.default_rng(seed)
+    p = random_params(nafnet.shapes(config), rng)
+    theirs = NAFNet(config.width, config.encoders, config.middle, config.decoders, config.unshuffle).double()
+    theirs.load_state_dict({name: tensor(value) for name, value in p.items() if not name.startswith("adapters.")}, strict=True)
+    adapters = {name: tensor(value) for name, value in p.items() if name.startswith("adapters.")}
+
+    def after(stage, y):
+        mine = {name[len(f"adapters.{stage}."):]: value for name, value in adapters.items() if name.startswith(f"adapters.{stage}.")}
+        return torch_cea(y, mine, config.cea) if mine else y
+    agree(room, rng.random((2, *size, 3)), p, (lambda x, p, ops: nafnet.nafnet(x, p, config, ops), nafnet.nafnet_backward),
+          lambda image: theirs(image, after), dict(theirs.named_parameters()) | adapters)
+
+
+NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, "none"), (13, 21)),
+            "NAFNet, three levels": (NAFNetConfig(3, (1, 2, 1), 1, (2, 1, 1), 1, "none"), (13, 21)),
+            "NAFNet, no middle": (NAFNetConfig(3, (1, 0), 0, (0, 1), 1, "none"), (6, 5)),
+            "NAFNet, no levels": (NAFNetConfig(5, (), 2, (), 1, "none"), (5, 3)),
+            "a row of pixels": (NAFNetConfig(4, (1,), 1, (1,), 2), (1, 5)),
+            "no padding": (NAFNetConfig(4, (1,), 1, (1,), 2), (8, 12)),
+            "the default": (NAFNetConfig(), (13, 21)),
+            "unshuffled by 3, two levels": (NAFNetConfig(4, (1, 1), 1, (1, 1), 3), (13, 25)),
+            "CEA and unshuffle 1": (NAFNetConfig(4, (1, 1), 1, (1, 1), 1), (7, 10)),
+            "unshuffled, no adapter": (NAFNetConfig(5, (1,), 1, (1,), 2, "none"), (13, 21))}
+NETWORKS |= {f"slots {' '.join(slots) or 'none'}": (NAFNetConfig(4, (1, 1), 1, (1, 1), 2, slots=slots), (9, 14))
+             for slots in ((), ("encoders.0",), ("middle_blks",), ("decoders.1", "encoders.1"))}
+NETWORKS |= {f"adapter {name}": (replace(by_adapter(name), width=8, middle=1), (9, 14))
+             for name in ADAPTERS if name.startswith("cea-")}
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(room, name):
+    network(*NETWORKS[name], room)
+
+
+# ---- official weights --------------------------------------------------------------------------------------------------
+
+def trained(config, seed=0):
+    """A torch NAFNet with random weights, random beta, gamma and norms among them."""
+    torch.manual_seed(seed)
+    theirs = NAFNet(config.width, config.encoders, config.middle, config.decoders).double()
+    for value in theirs.parameters():
+        nn.init.normal_(value, std=0.3)
+    return theirs
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("NAFNet")])
+def test_official_weights_give_the_official_image(name):
+    config, size = NETWORKS[name]
+    theirs, p = trained(config), Params(nafnet.shapes(config), np.float64)
+    nafnet.load_nafnet_state(theirs.state_dict(), p)
+    image = np.random.default_rng(0).random((2, *size, 3))
+    close(nafnet.nafnet(image, p, config)[0], nhwc(theirs(nchw(image))), "output")
+
+
+def test_official_weights_leave_adapters_alone():
+    config = NAFNetConfig(4, (1,), 1, (1,), 1)
+    p = nafnet.init(config, np.random.default_rng(0), np.float64)
+    before = {name: value.copy() for name, value in p.items()}
+    state = trained(config).state_dict()
+    nafnet.load_nafnet_state({name: value.numpy() for name, value in state.items()}, p)
+    for name, value in p.items():
+        assert np.array_equal(value, before[name] if name.startswith("adapters.") else state[name])
+
+
+@pytest.mark.parametrize("spoil, named", [
+    (lambda s: s.pop("middle_blks.0.beta"), "middle_blks.0.beta is missing"),
+    (lambda s: s.pop("ending.bias"), "ending.bias is missing"),
+    (lambda s: s.update({"ups.0.0.bias": torch.zeros(16)}), "ups.0.0.bias is unknown"),
+    (lambda s: s.update({"adapters.middle_blks.W_U": torch.zeros(8, 8)}), "adapters.middle_blks.W_U is unknown"),
+    (lambda s: s.update({"intro.weight": torch.zeros(3, 4, 3, 3)}), r"intro.weight .*\(3, 4, 3, 3\).*\(4, 3, 3, 3\)"),
+    (lambda s: s.update({"encoders.0.0.beta": torch.zeros(4)}), r"encoders.0.0.beta .*\(4,\).*\(1, 4, 1, 1\)"),
+    (lambda s: s["decoders.0.0.gamma"].fill_(torch.nan), "decoders.0.0.gamma .*not finite")])
+def test_foreign_weights_are_refused_by_name(spoil, named):
+    config = NAFNetConfig(4, (1,), 1, (1,), 1)
+    p = nafnet.init(config, np.random.default_rng(0))
+    before, state = p.flat.copy(), trained(config).state_dict()
+    spoil(state)
+    with pytest.raises(InputError, match=named):
+        nafnet.load_nafnet_state(state, p)
+    assert np.array_equal(p.flat, before)
+
+
+# ---- losses and the optimizer ------------------------------------------------------------------------------------------
+
+LOSSES = {"l1_loss": ((), lambda a, b: F.l1_loss(a, b)),
+          "charbonnier_loss": ((0.01,), lambda a, b: ((a - b)**2 + 0.01**2).sqrt().mean()),
+          "psnr_loss": ((), lambda a, b: (10 * torch.log10(((a - b)**2).mean((1, 2, 3)) + 1e-8)).mean())}
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(room, name):
+    settings, theirs = LOSSES[name]
+    rng = np.random.default_rng(0)
+    pred, target = rng.random((3, 5, 7, 3)), rng.random((3, 5, 7, 3))
+    y, cache = getattr(backend(room), name)(pred, target, *settings)
+    gradients = getattr(backend(room), name + "_backward")(0.7, cache)
+    a, b = nchw(pred), nchw(target)
+    y_torch = theirs(a, b)
+    (0.7 * y_torch).backward()
+    close(y, y_torch.item(), "loss")
+    for mine, right in zip(gradients, (a, b), strict=True):
+        close(mine, nhwc(right.grad), "loss")
+
+
+@pytest.mark.parametrize("betas, eps", [((0.9, 0.99), 1e-8), ((0.8, 0.95), 1e-3)])
+def test_adamw_steps(betas, eps):
+    """Five steps with a changing rate; decay for weights and none for biases, norms, beta and gamma."""
+    config, rng, decay = NAFNetConfig(4, (1,), 1, (1,), 2, cea=CEAConfig(rank=3, heads=2)), np.random.default_rng(0), 0.3
+    p = random_params(nafnet.shapes(config), rng)
+    theirs = {name: nn.Parameter(tensor(value)) for name, value in p.items()}
+
+    def free(name):
+        return name.split(".")[-1] in ("bias", "beta", "gamma") or "norm" in name
+    optimizer = torch.optim.AdamW([{"params": [v for n, v in theirs.items() if not free(n)], "weight_decay": decay},
+                                   {"params": [v for n, v in theirs.items() if free(n)], "weight_decay": 0}], betas=betas, eps=eps)
+    m, v = p.zeros_like(), p.zeros_like()
+    for step, lr in enumerate((1e-3, 3e-2, 1e-2, 1e-4, 5e-2), 1):
+        g = p.zeros_like()
+        g.flat[...] = rng.normal(size=g.flat.shape) * 10.0**rng.integers(-4, 3, g.flat.shape)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+        for name, value in theirs.items():
+            value.grad = tensor(g[name], False)
+        optimizer.step()
+        before = g.flat.copy()
+        optim.adamw(p.flat, g.flat, m.flat, v.flat, step, lr, decay * optim.decay_mask(p), betas, eps)
+        assert np.array_equal(g.flat, before)
+        for name, value in theirs.items():
+            close(p[name], value.detach(), "optimizer")
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
+def test_clipping(limit):
+    g = np.random.default_rng(0).normal(size=1001)
+    right = nn.Parameter(torch.zeros(1001, dtype=torch.float64))
+    right.grad = tensor(g, False)
+    norm = nn.utils.clip_grad_norm_([right], limit)
+    assert optim.clip_by_norm(g, limit) == pytest.approx(float(norm), rel=RTOL["optimizer"])
+    if limit < norm:
+        right.grad *= (norm + 1e-6) / norm                      # PyTorch divides by norm + 1e-6
+    close(g, right.grad, "optimizer")

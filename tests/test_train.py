@@ -1,0 +1,144 @@
+"""The main job: same seed same bytes, Ctrl-C and --resume lose nothing, hostile moments leave whole files."""
+import errno
+import json
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinycea import train as job
+from tinycea.degrade import suite
+from tinycea.errors import InputError
+from tinycea.nafnet import load_model
+
+TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One held-out photograph and small validation patches: these tests are about the loop, not the result."""
+    whole = job.held_out
+    monkeypatch.setattr(job, "held_out", lambda entries, *rest: [next(whole(entries, *rest)) for entries in [entries[:1]]])
+    monkeypatch.setattr(job, "held_out_patches", lambda entries, size=16, whole=job.held_out_patches: whole(entries[:1], size))
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C arrives while the batch of `step` is being made."""
+    whole = job.batch
+
+    def batch(recipe, scenes, entries, at):
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return whole(recipe, scenes, entries, at)
+    monkeypatch.setattr(job, "batch", batch)
+
+
+def log(folder):
+    """log.csv without its seconds."""
+    return [row[:-1] for row in job.read_log(folder / "log.csv")]
+
+
+def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
+    for name, recipe in (("a", TINY), ("b", TINY), ("c", replace(TINY, seed=1))):
+        job.train(recipe, tmp_path / name)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b and a != c
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, monkeypatch, step):
+    job.train(TINY, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
+        interrupt_at(patch, step)
+        job.train(TINY, tmp_path / "cut")
+    assert 0 < len(log(tmp_path / "cut")) < TINY.steps
+    assert not (tmp_path / "cut" / "result.json").exists()
+    assert job.resumable(tmp_path / "cut", {}) == TINY
+    job.train(TINY, tmp_path / "cut", resume=True)
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
+    job.train(TINY, tmp_path / "whole")
+    monkeypatch.setattr(job, "SAVE_SECONDS", 0)
+    steps, whole = [], job.gradient
+
+    def gradient(*arguments):
+        steps.append(0)
+        if len(steps) > 3:
+            raise RuntimeError("crash")
+        return whole(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        patch.setattr(job, "gradient", gradient)
+        job.train(TINY, tmp_path / "cut")
+    assert len(log(tmp_path / "cut")) == 3
+    job.train(TINY, tmp_path / "cut", resume=True)
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    scenes, entries = (job.leaves_of(TINY), job.photographs_of(TINY)), suite("aio5+patchwork")
+    first = [job.batch(TINY, scenes, entries, step) for step in range(3)]
+    again = [job.batch(TINY, scenes, entries, step) for step in (2, 1, 0)][::-1]
+    for a, b in zip(first, again):
+        np.testing.assert_array_equal(a, b)
+    degraded, clean = first[0]
+    assert degraded.shape == clean.shape == (2, 16, 16, 3) and degraded.dtype == clean.dtype == np.float32
+    assert not np.array_equal(first[0][1], first[1][1])
+
+
+def test_training_lowers_the_loss(tmp_path):
+    job.train(replace(TINY, steps=80, suite="aio3", warmup=5), tmp_path / "run")
+    loss = [row[2] for row in log(tmp_path / "run")]
+    assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.5
+
+
+def test_the_run_folder_is_complete_and_true(tmp_path):
+    result = job.train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "log.csv", "model.safetensors", "curve.png", "before_after.png", "routing.png", "result.json"}
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert result["recipe"] == asdict(replace(TINY, adapter="cea-softmax"))
+    p, config = load_model(tmp_path / "run" / "model.safetensors")
+    assert config.cea.affinity == "softmax" and p.flat.size == result["parameters"]
+
+
+def test_diverging_training_stops_with_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="diverged at step"), np.errstate(all="ignore"):
+        job.train(replace(TINY, lr=1e30), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        job.train(TINY, tmp_path / "run")
+    before = (tmp_path / "run" / "state.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("tinycea.params.save_file", full)
+        job.train(TINY, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("typed, message", [({"steps": 9}, "steps 7"), ({"suite": "aio3"}, "suite aio5"), ({"seed": 1}, "seed 0")])
+def test_resume_refuses_another_recipe(tmp_path, monkeypatch, typed, message):
+    Path(tmp_path / "state.safetensors").touch()
+    job.write_json(tmp_path / "config.json", {"recipe": asdict(TINY)})
+    with pytest.raises(InputError, match=message):
+        job.resumable(tmp_path, typed)
+
+
+def test_resume_needs_an_interrupted_run(tmp_path):
+    with pytest.raises(InputError, match="no interrupted run"):
+        job.resumable(tmp_path, {})
+    (tmp_path / "result.json").touch()
+    with pytest.raises(InputError, match="finished"):
+        job.resumable(tmp_path, {})
