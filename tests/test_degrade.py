@@ -44,6 +44,8 @@ def test_a_seed_gives_the_same_bytes_and_leaves_the_scene_alone(entry, scene):
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_strength_0_is_the_identity_and_more_is_worse(entry):
     assert np.allclose(degrade(SCENE, entry, rng(), 0), SCENE.image, atol=0 if entry != "patchwork" else 1e-6)
+    same = degrade(Scene(SCENE.image.astype(float)), entry, rng(), 0)
+    assert same.dtype == np.float32 and not np.shares_memory(degrade(SCENE, entry, rng(), 0), SCENE.image)
     errors = [np.mean([mse(degrade(PHOTO, entry, rng(seed), s), PHOTO.image) for seed in range(4)]) for s in (0.25, 0.5, 1, 1.5)]
     assert np.all(np.diff(errors) > 0)
 

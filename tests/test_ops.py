@@ -11,8 +11,10 @@ from tinycea import gradcheck
 from tinycea.errors import InputError
 from tinycea.ops import BACKENDS, backend, reference
 
-RTOL = {np.float64: 1e-12, np.float32: 3e-6}     # largest difference over largest value, per tensor
-RTOL_DEEP = {np.float32: 3e-4}                   # a float32 gradient through a whole module against the float64 one
+# largest difference over largest value, per tensor
+RTOL = {np.float64: 1e-12, np.float32: 3e-6}             # an operation
+GRADIENT = {np.float64: 1e-12, np.float32: 3e-5}         # its gradients: a float32 one adds the forward's rounding to its own
+MODULE = {np.float64: 1e-10, np.float32: 3e-4}           # through a whole layer or network
 SEEDS = (0, 1, 2)
 
 SIZES = {"odd": dict(B=3, H=5, W=7, C=9, O=11, R=13, h=3, d=5),
@@ -252,12 +254,12 @@ def test_forward_is_its_loop(room, name, settings, letters, sizes):
 def test_gradients_keep_dtype_and_shape_and_agree_with_reference(room, name, settings, letters, sizes):
     arrays, values = draw(letters, settings, sizes)
     _, expected = run("reference", name, arrays, values)
-    for dtype, rtol in RTOL.items():
+    for dtype, rtol in GRADIENT.items():
         _, gradients = run(room, name, [a.astype(dtype) for a in arrays], values)
         for array, gradient, right in zip(arrays, gradients, expected, strict=True):
             assert gradient.dtype == dtype and gradient.shape == array.shape
             scale = max(np.abs(right).max(), 1e-3)             # layernorm over one channel: every dx is zero
-            assert np.abs(gradient - right).max() <= (10 if dtype == np.float32 else 1) * rtol * scale
+            assert np.abs(gradient - right).max() <= rtol * scale
 
 
 LAYOUTS = {"transposed": lambda a: np.ascontiguousarray(a.T).T,
@@ -297,6 +299,7 @@ def snapshot(thing):
     return [array.tobytes() for array in arrays_of(thing)]
 
 
+MODULES = ("cea", "nafblock", "nafnet")
 CASES = [case[0] for case in gradcheck.cases(reference)]
 EVERY_CASE = pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 
@@ -336,18 +339,19 @@ def test_float32_in_float32_out(room, number):
     y64, cache64 = forward(*inputs.values())
     y, cache = forward(*(a.astype(np.float32) for a in inputs.values()))
     assert y.dtype == np.float32
-    close(y, y64, RTOL_DEEP[np.float32])
+    close(y, y64, MODULE[np.float32])
     dy = np.random.default_rng(3).normal(size=np.shape(y)) if np.ndim(y) else 1.0
     right = several(backward(dy, cache64))
     gradients = several(backward(dy.astype(np.float32) if np.ndim(y) else dy, cache))
-    module = CASES[number].split()[0] in ("cea", "nafblock", "nafnet")       # these add into g, here of float64
+    module = CASES[number].startswith(MODULES)       # these add into g, here of float64
     assert all(a.dtype == np.float32 for a in gradients[:1 if module else None])
     for a, b in zip(gradients, right, strict=True):
-        close(a, b, RTOL_DEEP[np.float32])
+        close(a, b, MODULE[np.float32])
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("number, seed", [(i, seed) for i, name in enumerate(CASES) for seed in SEEDS if not (seed and "nafnet" in name)])       # the whole network once, its parts with every seed
+@pytest.mark.parametrize("number, seed", [(i, seed) for i, name in enumerate(CASES) for seed in SEEDS
+                                          if not (seed and "nafnet" in name)])   # the whole network once, its parts with every seed
 def test_backward_is_the_central_difference(room, number, seed):
     _, tolerance, forward, backward, inputs = case(room, number, seed)
     failed = [row for row in gradcheck.check(forward, backward, inputs, seed, tolerance=tolerance) if not row.passed]
@@ -362,7 +366,7 @@ def test_cpu_is_reference(number):
         y, cache = forward(*inputs.values())
         answers.append((y, *several(backward(np.random.default_rng(3).normal(size=np.shape(y)), cache))))
     for right, mine in zip(*answers, strict=True):
-        close(mine, right, RTOL[np.float64] * (100 if "nafnet" in CASES[number] else 10))
+        close(mine, right, (MODULE if CASES[number].startswith(MODULES) else RTOL)[np.float64])
 
 
 # ---- what the mathematics promises ------------------------------------------------------------------------------------
@@ -407,7 +411,7 @@ def test_assembly_symmetries(room, sizes):
     def residual(*arrays):
         return backend(room).assembly(*arrays)[0] - arrays[0]
     x, xhat, A, U = parts(*sizes)
-    R, order, rtol = sizes[3], np.random.default_rng(5).permutation(sizes[1]), 100 * RTOL[np.float64]
+    R, order, rtol = sizes[3], np.random.default_rng(5).permutation(sizes[1]), RTOL[np.float64]
     right = residual(x, xhat, A, U)
     close(residual(x[:, order], xhat[:, order], A, U), right[:, order], rtol)
     close(residual(x, xhat, -A, U), -right, rtol)
@@ -430,12 +434,12 @@ def test_probe_sees_a_set_of_tokens(room):
     close(cache[-1].sum(-1), np.ones((3, 3, 5)), RTOL[np.float64])
     close(Z2, Z, RTOL[np.float64])
     close(cache2[-1], cache[-1][..., order], RTOL[np.float64])
-    close(ops.probe(Q, K + rng.normal(size=6), V, 3)[0], Z, 10 * RTOL[np.float64])
+    close(ops.probe(Q, K + rng.normal(size=6), V, 3)[0], Z, GRADIENT[np.float64])
     assert not np.allclose(ops.probe(Q, K[:, order], V, 3)[0], Z)
     (dQ, dK, dV), (dQ2, dK2, dV2) = ops.probe_backward(Z, cache), ops.probe_backward(Z2, cache2)
-    close(dQ2, dQ, 10 * RTOL[np.float64])
-    close(dK2, dK[:, order], 10 * RTOL[np.float64])
-    close(dV2, dV[:, order], 10 * RTOL[np.float64])
+    close(dQ2, dQ, GRADIENT[np.float64])
+    close(dK2, dK[:, order], GRADIENT[np.float64])
+    close(dV2, dV[:, order], GRADIENT[np.float64])
 
 
 @EVERY_BACKEND

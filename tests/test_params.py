@@ -130,17 +130,20 @@ def raw(metadata, dtype="F32", size=4, header=None):
     return struct.pack("<Q", len(header)) + header + bytes(2 * size)
 
 
-OURS = {"format": "tinycea", "version": "1"}
+def ours(text=json.dumps({"version": params.VERSION})):
+    return {"tinycea": text}
+
+
 BAD = {"an empty file": b"", "seven bytes": bytes(7), "eight zeros": bytes(8),
        "a text": b"# notes\nThis is no model, only a few words about one.\n",
        "a huge header": struct.pack("<Q", 2**62) + b"{}",
        "a header that is not text": raw(None, header=b"\xff\xfe{}"),
        "a header that is not JSON": raw(None, header=b"{'a': 1}"),
        "foreign": raw(None), "foreign metadata": raw({"format": "pt"}), "foreign bfloat16": raw({"format": "pt"}, "BF16", 2),
-       "foreign float8": raw(None, "F8_E4M3", 1), "ours with bfloat16": raw(OURS, "BF16", 2),
-       "no version": raw({"format": "tinycea"}), "another version": raw(OURS | {"version": "2"}),
-       "metadata that is not JSON": raw(OURS | {"config": "{width: 24"}),
-       "trailing bytes": raw(OURS) + b"!"}
+       "foreign float8": raw(None, "F8_E4M3", 1), "ours with bfloat16": raw(ours(), "BF16", 2),
+       "no version": raw(ours("{}")), "another version": raw(ours('{"version": "next"}')),
+       "metadata that is no mapping": raw(ours("[1]")), "metadata that is not JSON": raw(ours("{version: 1")),
+       "trailing bytes": raw(ours()) + b"!"}
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
@@ -151,7 +154,14 @@ def test_bad_file_is_refused(tmp_path, content, read):
     refused(path, lambda: read(path))
 
 
-@pytest.mark.parametrize("content, words", [("foreign", "tinycea wrote"), ("another version", "version 2"), ("another version", "reads version 1")])
+def test_the_hand_written_file_is_a_good_one(tmp_path):
+    (tmp_path / "good").write_bytes(raw(ours()))                # so that each bad one is bad for its own reason
+    tensors, metadata = load(tmp_path / "good")
+    assert tensors["a"].tolist() == [0, 0] and metadata == {}
+
+
+@pytest.mark.parametrize("content, words", [("foreign", "tinycea wrote"), ("another version", "version next"),
+                                            ("another version", f"reads version {params.VERSION}")])
 def test_refusal_says_why(tmp_path, content, words):
     (tmp_path / "bad").write_bytes(BAD[content])
     refused(tmp_path / "bad", lambda: load(tmp_path / "bad"), words)
@@ -265,7 +275,8 @@ def test_failed_save_leaves_the_old_file_and_no_other(model, monkeypatch, place,
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("tensors, metadata", [({"a": np.array([None])}, {}), ({"a": np.zeros(2, complex)}, {}), ({"a": np.zeros(2)}, {"x": object()})])
+@pytest.mark.parametrize("tensors, metadata", [({"a": np.array([None])}, {}), ({"a": np.zeros(2, complex)}, {}),
+                                               ({"a": np.zeros(2)}, {"x": object()})])
 def test_what_cannot_be_saved_leaves_the_old_file(model, tensors, metadata):
     path, *_ = model
     before = path.read_bytes()

@@ -1,4 +1,9 @@
 """Clean images: the law of dead leaves, maps that fit the image, crops, and files of every kind, whole, odd and hostile."""
+import struct
+import subprocess
+import sys
+import zlib
+
 import numpy as np
 import pytest
 import tifffile
@@ -199,6 +204,13 @@ def test_the_first_frame_of_an_animation(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png")[0], COLOR / np.float32(255))
 
 
+def odd_animation(path):
+    """A sound PNG that announces an animation of no frames, at which Pillow warns."""
+    Image.fromarray(COLOR).save(path)
+    data, chunk = path.read_bytes(), b"acTL" + bytes(8)
+    path.write_bytes(data[:33] + struct.pack(">I", 8) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
+
+
 def hostile(path):
     """Files that are no images, by name."""
     Image.fromarray(COLOR).save(path / "whole.png")
@@ -209,19 +221,29 @@ def hostile(path):
     (path / "folder.png").mkdir()
     for name, length in (("png", 900), ("jpg", 500), ("tif", 900)):
         (path / f"cut.{name}").write_bytes((path / f"whole.{name}").read_bytes()[:length])
+    (path / "tags.tif").write_bytes((path / "whole.tif").read_bytes()[:250])
     (path / "head.tif").write_bytes(b"II*\0hello there")
     tifffile.imwrite(path / "float.tif", DEEP[..., 0].astype(np.float32))
     for suffix in ("png", "jpg", "tif"):
         (path / f"whole.{suffix}").unlink()
-    return ["text.png", "empty.png", "folder.png", "cut.png", "cut.jpg", "cut.tif", "head.tif", "float.tif", "missing.png"]
+    return ["text.png", "empty.png", "folder.png", "cut.png", "cut.jpg", "cut.tif", "tags.tif", "head.tif", "float.tif", "missing.png"]
 
 
-def test_hostile_files_get_one_sentence(tmp_path, capfd, recwarn):
+def test_hostile_files_get_one_sentence(tmp_path):
     for name in hostile(tmp_path):
         with pytest.raises(InputError) as caught:
             read_image(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value), name
-    assert capfd.readouterr() == ("", "") and not recwarn.list            # no library talks over us
+
+
+def test_no_library_talks_over_us(tmp_path):
+    names = hostile(tmp_path)
+    odd_animation(tmp_path / "odd.png")
+    code = "import sys; from tinycea.scenes import folder; print(*folder(sys.argv[1]))"
+    ran = subprocess.run([sys.executable, "-W", "always", "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert ran.stdout == "odd.png\n"
+    said = ran.stderr.splitlines()
+    assert len(said) == len(names) - 1 and all(line.startswith("skipping ") for line in said), ran.stderr
 
 
 def test_a_folder_skips_and_names_what_is_no_image(tmp_path, capsys):

@@ -229,7 +229,7 @@ def patchwork(scene, rng, names=None, strength=1.0):
     if not names:
         names = [str(name) for name in rng.permutation(["noise25", "rain", "snow", "blur"])[:rng.integers(2, 4)]]
     shape, k = scene.image.shape[:2], len(names)
-    field = smooth_field(shape, rng)
+    field = smooth_field(shape, rng, waves=2)
     rank = np.empty(field.size, np.float32)
     rank[field.argsort(axis=None)] = (np.arange(field.size) + 0.5) / field.size             # uniform on [0,1], smooth in space
     ramps = [np.clip(10 * (k * rank.reshape(shape) - i) + 0.5, 0, 1) for i in range(1, k)]  # from 0 to 1 at the i-th quantile

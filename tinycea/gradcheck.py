@@ -3,7 +3,7 @@
 Both are measured on the scalar L(y) = <w, y> + |y|^2 / 2 with w random: its upstream gradient w + y is random (under ones the
 softmax's gradient would be zero), and even a linear op has a second-order term, so that its Taylor remainder can be seen to fall as h^2.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -167,11 +167,12 @@ def cases(ops, seed=0):
     yield "nafblock", 1e-6, *module(lambda x, p: nafnet.nafblock(x, p, ops), nafnet.nafblock_backward,
                                     n(2, 3, 7, 5), parameters(nafnet.block_shapes(5)))
 
-    for adapter in ("cea", "none"):
-        config = NAFNetConfig(width=4, encoders=(1,), middle=1, decoders=(1,), unshuffle=2 if adapter == "cea" else 1,
-                               adapter=adapter, cea=CEAConfig(rank=3, heads=2))
-        yield (f"nafnet ({adapter})", 1e-5, *module(lambda x, p, c=config: nafnet.nafnet(x, p, c, ops), nafnet.nafnet_backward,
-                                                    n(2, 5, 9, 3), parameters(nafnet.shapes(config))))
+    small = NAFNetConfig(width=4, middle=1, cea=CEAConfig(rank=3, heads=2))
+    for label, config, forward, backward in (
+            ("nafnet (none)", replace(small, adapter="none", unshuffle=1), nafnet.nafnet, nafnet.nafnet_backward),
+            ("nafnet (cea, centered)", small, nafnet.centered, nafnet.centered_backward)):
+        yield label, 1e-5, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
+                                   n(2, 5, 9, 3), parameters(nafnet.shapes(config)))
 
 
 def broken(ops, seed=0):

@@ -6,7 +6,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .degrade import degrade, patchwork
 from .errors import InputError
-from .nafnet import load_model, nafnet
+from .nafnet import centered, load_model
 from .ops import cpu
 from .scenes import Scene, list_images, photographs, read_image, rgb, write_image
 
@@ -17,7 +17,7 @@ TEST_SEED = 0                                 # of the degradations of held-out 
 
 def restore(image, p, config, ops=cpu):
     """The restored image. image (H,W,3) float in [0,1], any size from 1 x 1 up -> (H,W,3) in [0,1]."""
-    y, _ = nafnet(image[None], p, config, ops, keep=False)
+    y, _ = centered(image[None], p, config, ops, keep=False)
     return np.clip(y[0], 0, 1)
 
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from . import __version__, plots
 from .degrade import degrade, patchwork, suite
 from .errors import InputError, atomic
-from .nafnet import anatomies, by_adapter, init, nafnet, nafnet_backward, save_model
+from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
 from .params import load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
-from .scenes import Scene, autolevel, crop, dead_leaves, folder, photographs
+from .scenes import Scene, crop, dead_leaves, folder, photographs
 
 EVERY = 100                                   # steps between two looks at the held-out patches
 SAVE_SECONDS = 30                             # between two states written for --resume
@@ -66,8 +66,8 @@ def leaves_of(recipe):
 
 
 def pair(scene, entry, size, rng):
-    """(degraded, clean) patches (size,size,3) of a random, auto-leveled crop."""
-    scene = autolevel(crop(scene, size, rng))
+    """(degraded, clean) patches (size,size,3) of a random crop."""
+    scene = crop(scene, size, rng)
     return degrade(scene, entry, rng), scene.image
 
 
@@ -93,16 +93,16 @@ def held_out_patches(entries, size=96):
 def gradient(degraded, clean, p, config, ops, g):
     """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
     g.flat[:] = 0
-    restored, cache = nafnet(degraded, p, config, ops)
+    restored, cache = centered(degraded, p, config, ops)
     loss, c_loss = ops.psnr_loss(restored, clean)
     dloss, _ = ops.psnr_loss_backward(1.0, c_loss)
-    nafnet_backward(dloss, cache, g)
+    centered_backward(dloss, cache, g)
     return float(loss)
 
 
 def mean_psnr(degraded, clean, p, config, ops):
     """Mean PSNR in dB over a batch of patches."""
-    restored, _ = nafnet(degraded, p, config, ops, keep=False)
+    restored, _ = centered(degraded, p, config, ops, keep=False)
     return -float(ops.psnr_loss(np.clip(restored, 0, 1), clean)[0])
 
 
@@ -215,7 +215,7 @@ def finish(recipe, config, p, ops, entries, rows, seconds, out):
 def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
     """Forward a held-out photograph with one degradation per region -> degraded, mask, names, S (h,w,R) of the last stage, its name."""
     degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
-    _, cache = nafnet(degraded[None], p, config, ops)
+    _, cache = centered(degraded[None], p, config, ops)
     stage, anatomy = list(anatomies(cache).items())[-1]
     m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
     h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
