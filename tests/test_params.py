@@ -3,6 +3,7 @@ import json
 import os
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,23 +257,19 @@ def fail(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def half(tensors, path, *_):
-    path.write_bytes(b"half")
+def half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[:9])
     fail()
 
 
-@pytest.mark.parametrize("place, name, how", [(params, "save_file", fail), (params, "save_file", half), (os, "replace", fail)])
+@pytest.mark.parametrize("place, name, how", [(Path, "write_bytes", fail), (Path, "write_bytes", half), (os, "replace", fail)])
 def test_failed_save_leaves_the_old_file_and_no_other(model, monkeypatch, place, name, how):
     path, p, config = model
-    before = path.read_bytes()
     monkeypatch.setattr(place, name, how)
     p.flat += 1
-    with pytest.raises(OSError):
-        save_model(path, p, config)
-    assert path.read_bytes() == before
-    with pytest.raises(OSError):
-        save_model(path.with_name("new.safetensors"), p, config)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    for target in (path, path.with_name("new.safetensors")):
+        refused(target, lambda: save_model(target, p, config), "cannot be written", "No space left")
 
 
 @pytest.mark.parametrize("tensors, metadata", [({"a": np.array([None])}, {}), ({"a": np.zeros(2, complex)}, {}),
@@ -289,10 +286,11 @@ def test_interrupted_save_leaves_the_old_file(model, monkeypatch):
     path, p, config = model
     before = path.read_bytes()
 
-    def interrupted(tensors, path, *_):
-        path.write_bytes(b"half")
+    def interrupted(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:9])
         raise KeyboardInterrupt
-    monkeypatch.setattr(params, "save_file", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(path, p, config)
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
@@ -300,7 +298,7 @@ def test_interrupted_save_leaves_the_old_file(model, monkeypatch):
 
 def test_missing_folder_is_refused(tmp_path):
     path = tmp_path / "nowhere" / "p.safetensors"
-    refused(path, lambda: save(path, random()), "nowhere", "does not exist")
+    refused(path, lambda: save(path, random()), "nowhere", "cannot be written")
     assert not path.parent.exists()
 
 
@@ -309,18 +307,10 @@ def test_folder_in_the_place_of_the_file_is_refused(tmp_path):
     refused(tmp_path / "p", lambda: save(tmp_path / "p", random()))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder_is_refused(model):
-    path, p, config = model
-    path.parent.chmod(0o500)
-    try:
-        refused(path, lambda: save_model(path, p, config), "cannot be written")
-    finally:
-        path.parent.chmod(0o700)
-
-
 def test_denied_folder_is_refused(model, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    refused(model[0], lambda: save_model(*model), "cannot be written", "Permission denied")
     monkeypatch.setattr("tempfile.mkstemp", denied)
     refused(model[0], lambda: save_model(*model), "cannot be written", "Permission denied")

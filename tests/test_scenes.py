@@ -12,7 +12,7 @@ from scipy import stats
 
 from tinycea import scenes
 from tinycea.errors import InputError
-from tinycea.scenes import (Scene, autolevel, crop, dead_leaves, folder, leaf_radii, list_images, photographs, read_image, rgb,
+from tinycea.scenes import (Scene, crop, dead_leaves, folder, leaf_radii, list_images, photographs, pyramid, read_image, rgb,
                             smooth_field, write_image)
 
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
@@ -119,15 +119,15 @@ def test_a_small_scene_is_mirrored_first(shape):
     assert set(part.depth.flat) <= set(scene.depth.flat)
 
 
-def test_autolevel_stretches_luma_and_keeps_flat_crops_flat():
-    gray = np.linspace(0.4, 0.8, 900, dtype=np.float32).reshape(30, 30)
-    level = autolevel(Scene(np.repeat(gray[..., None], 3, 2), gray)).image
-    low, high = np.percentile(gray, (1, 99))
-    assert np.allclose(level[..., 0], np.clip((gray - low) / (high - low), 0, 1), atol=1e-5)
-    flat = autolevel(Scene(np.full((8, 8, 3), 0.2, np.float32))).image
-    assert flat.dtype == np.float32 and np.allclose(flat, 0.5)
-    faint = autolevel(coordinates(30, 30)._replace(image=np.repeat(gray[..., None], 3, 2) / 100)).image
-    assert np.isclose(np.ptp(faint), 4 * 0.004, rtol=1e-3)                # the gain stops at 4
+def test_pyramid_halves_every_map_down_to_the_size():
+    scene = coordinates(50, 37)
+    levels = pyramid(scene, 9)
+    assert [level.image.shape for level in levels] == [(50, 37, 3), (25, 18, 3), (12, 9, 3)]
+    for level, finer in zip(levels[1:], levels):
+        for half, whole in zip(level, finer):
+            h, w = half.shape[:2]
+            np.testing.assert_allclose(half, whole[:2 * h, :2 * w].reshape(h, 2, w, 2, -1).mean((1, 3)).reshape(half.shape), rtol=1e-6)
+    assert pyramid(Scene(scene.image), 38)[0].depth is None and len(pyramid(scene, 19)) == 1
 
 
 # Photographs

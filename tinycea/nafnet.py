@@ -39,6 +39,10 @@ class NAFNetConfig:
     def __post_init__(self):
         if self.adapter not in ("none", "cea"):
             raise InputError(f"adapter is {self.adapter!r}: choose 'none' or 'cea'")
+        for name, low in (("width", 1), ("encoders", 0), ("middle", 0), ("decoders", 0), ("unshuffle", 1)):
+            for n in np.atleast_1d(getattr(self, name)).tolist():
+                if not isinstance(n, int) or n < low:
+                    raise InputError(f"{name} is {getattr(self, name)!r}: expected integers of at least {low}")
         if len(self.encoders) != len(self.decoders):
             raise InputError(f"encoders has {len(self.encoders)} stages and decoders {len(self.decoders)}: expected as many")
         for slot in self.slots or ():
@@ -130,9 +134,9 @@ def load_model(path):
     tensors, metadata = load(path)
     try:
         config = from_dict(metadata["config"])
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: holds no configuration of a model that this tinycea knows") from None
-    p = Params(shapes(config))
+        p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None
     copy_into(p, tensors, path)
     return p, config
 

@@ -31,7 +31,7 @@ def adamw(w, g, m, v, step, lr, decay, betas=(0.9, 0.99), eps=1e-8):
     """One update of the flat parameters w in place, and of the moments m and v (Loshchilov and Hutter 2019, algorithm 2).
 
     m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + decay w)
-    step: t, counted from 1. decay: a number or an array like w (the rate times `decay_mask`).
+    step: t, counted from 1. lr, decay: numbers, or arrays like w (such as the decay times `decay_mask`).
     """
     b1, b2 = betas
     m += (1 - b1) * (g - m)

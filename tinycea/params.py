@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from .errors import InputError, atomic
 
@@ -43,7 +43,7 @@ def save(path, tensors, **metadata):
     """
     header = {"tinycea": json.dumps({"version": VERSION} | metadata)}
     with atomic(path) as temporary:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, header)
+        temporary.write_bytes(serialize({name: np.asarray(value, order="C") for name, value in tensors.items()}, header))
 
 
 def load(path):
@@ -52,7 +52,7 @@ def load(path):
         with safe_open(path, "numpy") as file:
             metadata = _metadata(path, file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:                      # TypeError: a type that NumPy does not have
         raise InputError(f"{path}: not a readable safetensors file ({str(error).strip()})") from None
 
 
@@ -69,15 +69,20 @@ def _metadata(path, header):
 
 def copy_into(p, tensors, source):
     """Copy named arrays into the views of p, all or none; a missing, unknown or mis-shaped name, or a NaN, is refused by name."""
-    for name in p.keys() - tensors.keys():
-        raise InputError(f"{source}: parameter {name} is missing")
-    for name in tensors.keys() - p.keys():
-        raise InputError(f"{source}: parameter {name} is unknown to this architecture")
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    for name, value in arrays.items():
-        if value.shape != p[name].shape:
-            raise InputError(f"{source}: parameter {name} has shape {value.shape}, expected {p[name].shape}")
-        if not np.isfinite(value).all():
-            raise InputError(f"{source}: parameter {name} has values that are not finite")
+    for name in p:
+        if name not in tensors:
+            raise InputError(f"{source}: parameter {name} is missing")
+    for name in tensors:
+        if name not in p:
+            raise InputError(f"{source}: parameter {name} is unknown to this architecture")
+    arrays = {}
+    for name, value in tensors.items():
+        value = np.asarray(value)
+        if value.shape != p[name].shape or value.dtype.kind not in "fiu":
+            raise InputError(f"{source}: parameter {name} is {value.dtype} {value.shape}, expected {p[name].dtype} {p[name].shape}")
+        with np.errstate(over="ignore"):
+            arrays[name] = value.astype(p[name].dtype)
+        if not np.isfinite(arrays[name]).all():
+            raise InputError(f"{source}: parameter {name} has values that are not finite in {p[name].dtype}")
     for name, value in arrays.items():
         p[name][...] = value

@@ -84,7 +84,7 @@ def _paint(shape, rng):
     pixels = np.clip(color[leaf] * (shading + amount * tiles[tile, (y + down) % 256, (x + right) % 256])[..., None], 0, 1)
     area = np.bincount(leaf.ravel(), minlength=n)
     depth = ((np.cumsum(area) - area) / leaf.size)[leaf]
-    return tuple(np.float32(p[::2, ::2] + p[1::2, ::2] + p[::2, 1::2] + p[1::2, 1::2]) / 4 for p in (pixels, depth))
+    return halve(np.float32(pixels)), halve(np.float32(depth))
 
 
 def _lay(shape, rng):
@@ -116,6 +116,20 @@ def _noise_tile(n, rng):
     return tile / tile.std()
 
 
+def halve(pixels):
+    """Means over 2x2 blocks of (H,W) or (H,W,C); an odd last row or column is dropped."""
+    pixels = pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2]
+    return (pixels[::2, ::2] + pixels[1::2, ::2] + pixels[::2, 1::2] + pixels[1::2, 1::2]) / 4
+
+
+def pyramid(scene, size):
+    """[the scene, at half its size, at a quarter, ...], as long as both sides have at least `size` pixels."""
+    levels = [scene]
+    while min(levels[-1].image.shape[:2]) >= 2 * size:
+        levels.append(Scene(*(None if pixels is None else halve(pixels) for pixels in levels[-1])))
+    return levels
+
+
 def crop(scene, size, rng):
     """A random size x size copy, all maps flipped and turned alike by multiples of 90 degrees; a small scene is mirrored first."""
     pad = [(0, max(size - n, 0)) for n in scene.image.shape[:2]]
@@ -124,16 +138,6 @@ def crop(scene, size, rng):
     y, x = (rng.integers(n - size + 1) for n in scene.image.shape[:2])
     turns, step = rng.integers(4), rng.choice((-1, 1))
     return Scene(*(m if m is None else np.rot90(m[y:y + size, x:x + size][:, ::step], turns).copy() for m in scene))
-
-
-def autolevel(scene):
-    """The scene with its luma's 1st percentile taken to 0 and its 99th to 1, about their middle; the gain is at most 4.
-
-    Our choice: without it haze and low light on a crop are ill-posed, for a hazy dark crop and a clear gray one look alike.
-    """
-    low, high = np.percentile(scene.image @ np.float32([0.299, 0.587, 0.114]), (1, 99)).astype(np.float32)     # Rec. 601 luma
-    span = max(high - low, np.float32(0.25))
-    return scene._replace(image=np.clip((scene.image - (low + high) / 2) / span + np.float32(0.5), 0, 1))
 
 
 def photographs(split):

@@ -26,7 +26,7 @@ from .ops import backend
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
 from .params import load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
-from .scenes import Scene, crop, dead_leaves, folder, photographs
+from .scenes import Scene, crop, dead_leaves, folder, photographs, pyramid
 
 EVERY = 100                                   # steps between two looks at the held-out patches
 SAVE_SECONDS = 30                             # between two states written for --resume
@@ -45,7 +45,8 @@ class Recipe:
     batch: int = 8
     patch: int = 48                           # pixels a side
     scenes: int = 32                          # dead leaves of 256 x 256
-    lr: float = 2e-3
+    lr: float = 4e-3
+    adapter_lr: float = 0.1                   # times lr: CEA's update is a product of three learned factors and soon too large
     decay: float = 1e-4
     warmup: int = 50                          # steps
     clip: float = 1.0
@@ -54,15 +55,15 @@ class Recipe:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def photographs_of(recipe):
-    """Scenes of the photographs to train on: the user's folder, or scikit-image's training split."""
+    """Scenes of the photographs to train on, at all sizes: the user's folder, or scikit-image's training split."""
     images = folder(recipe.images) if recipe.images else photographs("train")
-    return [Scene(image) for image in images.values()]
+    return [level for image in images.values() for level in pyramid(Scene(image), recipe.patch)]
 
 
 def leaves_of(recipe):
-    """The dead-leaves Scenes to train on."""
-    return [dead_leaves(256, np.random.default_rng([recipe.seed, i]))
-            for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)]
+    """The dead-leaves Scenes to train on, at all sizes: a patch must show part of a scene, or nearly all of it as in use."""
+    return [level for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)
+            for level in pyramid(dead_leaves(256, np.random.default_rng([recipe.seed, i])), recipe.patch)]
 
 
 def pair(scene, entry, size, rng):
@@ -150,7 +151,9 @@ def train(recipe, out, resume=False):
 
     p = init(config, np.random.default_rng(recipe.seed))
     g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
-    decay = recipe.decay * decay_mask(p)
+    decay, rates = recipe.decay * decay_mask(p), p.zeros_like()
+    for name, value in rates.items():
+        value[...] = recipe.adapter_lr if name.startswith("adapters.") else 1
     done, seconds, rows = 0, 0.0, []
     if resume:
         state, metadata = load(out / "state.safetensors")
@@ -176,7 +179,7 @@ def train(recipe, out, resume=False):
                 raise InputError(f"training diverged at step {done + 1}: the loss is {loss}, the gradient's norm {norm}")
             done += 1
             rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
-            adamw(p.flat, g.flat, m, v, done, rate, decay)
+            adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
             psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else ""
             seconds = time.perf_counter() - start
             rows.append((done, rate, loss, norm, psnr, seconds))
