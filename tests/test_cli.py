@@ -134,9 +134,25 @@ def test_bad_images(capsys, tmp_path, photo):
     cut.write_bytes(photo.read_bytes()[:-400])
     for path in (text, empty, cut):
         assert path.name in fails(capsys, "restore", path, "-o", tmp_path / "out.png")
-        assert path.name in fails(capsys, "restore", photo, path, "-o", tmp_path / "out")
         assert path.name in fails(capsys, "degrade", path, "-o", tmp_path / "out.png", "--as", "rain")
-    assert not (tmp_path / "out.png").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_bad_image_among_good_ones_is_named_and_the_others_are_restored(capsys, tmp_path, photo):
+    (tmp_path / "text.png").write_text("no image")
+    write_image(tmp_path / "z.png", photographs("validation")["rocket"][:5, :4])
+    assert cli.main(["restore", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.png", "z.png"}
+    err = capsys.readouterr().err
+    assert "text.png" in err and "photo.png" not in err and err.count("\n") == 1
+
+
+def test_a_photo_is_never_replaced_by_its_own_result(capsys, tmp_path, photo):
+    before = photo.read_bytes()
+    fails(capsys, "restore", photo, "-o", photo)
+    fails(capsys, "restore", photo, "-o", tmp_path)
+    fails(capsys, "degrade", photo, "-o", tmp_path / "." / "photo.png", "--as", "rain")
+    assert photo.read_bytes() == before
 
 
 def test_bad_outputs(capsys, tmp_path, photo):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-# Before NumPy is imported: products this small gain nothing from a second BLAS thread, and spin when another process wants the core.
+# Before NumPy is imported: products this small gain nothing from a second BLAS thread, which spins if another process wants its core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of all commands; each command's function is its `run`."""
-    top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, by hand in NumPy.")
+    top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run, description):
@@ -87,13 +87,14 @@ positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 def train(args):
     from . import train as job
     from .restore import format_table
-    typed = {name: value for name in ("suite", "adapter", "steps", "seed", "backend", "images") if (value := getattr(args, name)) is not None}
+    options = "suite", "adapter", "steps", "seed", "backend", "images"
+    typed = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     recipe = job.Recipe(**typed)
     out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if args.resume:
         recipe = job.resumable(out, typed)
     elif (out / "result.json").exists() or (out / "state.safetensors").exists():
-        raise InputError(f"{out} already holds a run: continue it with --resume if it was interrupted, or name another folder with --out")
+        raise InputError(f"{out} already holds a run: go on with it by --resume if it was interrupted, or name another folder by --out")
     elif args.minutes:
         recipe = replace(recipe, steps=job.steps_in(args.minutes, recipe))
     result = job.train(recipe, out, args.resume)
@@ -114,8 +115,10 @@ def degrade(args):
     import numpy as np
 
     from .degrade import compose, parse
+    from .restore import refuse_overwriting
     from .scenes import Scene, read_image, rgb, write_image
     names = parse(args.names)
+    refuse_overwriting(args.photo, args.out)
     pixels, _ = read_image(args.photo)
     write_image(args.out, compose(Scene(rgb(pixels)), names, np.random.default_rng(args.seed)))
     print(args.out)
@@ -142,7 +145,8 @@ def gradcheck(args):
         for row in rows:
             print(f"{row['name']:42s} {row['argument']:30s} {row['analytic']:13.6e} {row['numeric']:13.6e} "
                   f"{row['relative_error']:10.1e} {row['taylor_slope']:6.3f}  {'ok' if row['passed'] else 'FAILED'}")
-        print(f"{len(rows) - failed} of {len(rows)} passed in {time.perf_counter() - start:.1f} s, backend {args.backend}, seed {args.seed}")
+        seconds = time.perf_counter() - start
+        print(f"{len(rows) - failed} of {len(rows)} passed in {seconds:.1f} s, backend {args.backend}, seed {args.seed}")
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
 """Gradients held against finite differences: `check` for any forward/backward pair, `cases` for all of tinycea's own.
 
-Both are measured on the scalar L(y) = <w, y> + |y|^2 / 2 with w random: its upstream gradient w + y is random (under ones the
-softmax's gradient would be zero), and even a linear op has a second-order term, so that its Taylor remainder can be seen to fall as h^2.
+Both are measured on the scalar L(y) = <w, y> + |y|^2 / 2 with w random: its upstream gradient w + y is random (under ones a
+softmax has gradient zero), and even a linear op has a second-order term, so that its Taylor remainder is seen to fall as h^2.
 """
 from dataclasses import asdict, dataclass, replace
 
@@ -59,7 +59,8 @@ def check(forward, backward, inputs, seed=0, directions=4, tolerance=1e-6, slope
         v /= np.linalg.norm(v.reshape(directions, -1), axis=1).reshape(-1, *[1] * arrays[i].ndim)
         analytic = np.array([np.sum(gradients[i] * v_k) for v_k in v])
         numeric = np.array([difference(at(i, STEP * v_k), at(i, -STEP * v_k)) for v_k in v]) / (2 * STEP)
-        remainders = [np.linalg.norm([difference(at(i, h * v_k), y) - h * a_k for v_k, a_k in zip(v, analytic)]) for h in TAYLOR_STEPS]
+        remainders = [np.linalg.norm([difference(at(i, h * v_k), y) - h * a_k for v_k, a_k in zip(v, analytic)])
+                      for h in TAYLOR_STEPS]
         slope_found = _slope(remainders, floor=64 * np.finfo(float).eps * np.linalg.norm(w + y) * np.linalg.norm(y))
         error, method = _relative(analytic, numeric), "directions"
         if np.size(y) * arrays[i].size <= TINY:
@@ -208,5 +209,6 @@ def report(backend_name="cpu", seed=0):
         rows = check(forward, backward, inputs, seed)
         worst = max(rows, key=lambda row: row.relative_error)
         caught = any(not row.passed for row in rows)
-        results.append({"name": f"broken on purpose: {name}", "arguments": len(rows)} | asdict(worst) | {"passed": caught, "tolerance": 1e-6})
+        results.append({"name": f"broken on purpose: {name}", "arguments": len(rows)} | asdict(worst)
+                       | {"passed": caught, "tolerance": 1e-6})
     return results

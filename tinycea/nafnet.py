@@ -80,7 +80,8 @@ def _conv(name, I, O, k=1, bias=True):
 
 def block_shapes(C):
     """Names and shapes of one NAFBlock on C channels, in PyTorch's layout."""
-    return ({"beta": (1, C, 1, 1), "gamma": (1, C, 1, 1), "norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,)}
+    norms = {f"norm{i}.{name}": (C,) for i in (1, 2) for name in ("weight", "bias")}
+    return ({"beta": (1, C, 1, 1), "gamma": (1, C, 1, 1)} | norms
             | _conv("conv1", C, 2 * C) | _conv("conv2", 1, 2 * C, 3) | _conv("conv3", C, C) | _conv("sca.1", C, C)
             | _conv("conv4", C, 2 * C) | _conv("conv5", C, C))
 

@@ -21,7 +21,7 @@ def clip_by_norm(gradient, limit):
 
 
 def warmup_cosine(progress, warmup, peak, floor=1e-7):
-    """Learning rate at a share of the run in (0,1]: linear up to `peak` over the share `warmup`, then a half cosine down to `floor`."""
+    """Learning rate at a share of the run in (0,1]: linear up to `peak` during `warmup`, then a half cosine down to `floor`."""
     if progress < warmup:
         return peak * progress / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2

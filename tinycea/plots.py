@@ -23,7 +23,8 @@ def curve(rows, path):
     window = min(100, len(loss))
     figure = Figure((6.4, 3.6))
     axes = figure.subplots()
-    axes.plot(steps[window - 1:], np.convolve(-loss, np.full(window, 1 / window), "valid"), label=f"training batches, mean of {window}")
+    mean = np.convolve(-loss, np.full(window, 1 / window), "valid")
+    axes.plot(steps[window - 1:], mean, label=f"training batches, mean of {window}")
     held = [(row[0], row[4]) for row in rows if row[4] != ""]
     axes.plot(*zip(*held), "k--", marker=".", label="held-out patches")
     axes.set(xlabel="step", ylabel="PSNR (dB)")
@@ -59,9 +60,10 @@ def routing(degraded, mask, names, S, stage, path):
     for axes in grid[:, 1:].flat[R:]:
         axes.axis("off")
     for r, axes in zip(range(R), grid[:, 1:].flat):
-        _show(axes, S[..., r], f"r = {r + 1}", f"{100 * np.mean(S[..., r] < 0):.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
+        negative = 100 * np.mean(S[..., r] < 0)
+        _show(axes, S[..., r], f"r = {r + 1}", f"{negative:.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(axes.images[0], ax=grid[:, 1:], shrink=0.6, label="affinity S")
-    figure.suptitle(f"Signed affinity of every token to each of the {R} routing bases written for this image, after {stage}", fontsize=10)
+    figure.suptitle(f"Signed affinity of every token to each of the {R} routing bases of this image, after {stage}", fontsize=10)
     _save(figure, path)
 
 
@@ -77,7 +79,8 @@ def _label(axes, region, text):
     """Text at the pixel of a region (H,W) that lies farthest from its border."""
     inside = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(inside.argmax(), region.shape)
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5})
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
 
 
 def demo(degraded, restored, clean, mask, names, path):

@@ -40,7 +40,7 @@ def held_out(entries, p, config, ops=cpu, split="test"):
 
 
 def table(results):
-    """Rows (dicts) per degradation, averaged over photographs, then the average over degradations: PSNR and SSIM before and after."""
+    """Rows (dicts) per degradation, averaged over photographs, then their average: PSNR and SSIM before and after."""
     columns = ("psnr_before", "ssim_before", "psnr_after", "ssim_after")
     entries = list(dict.fromkeys(r["entry"] for r in results))
     means = [np.mean([r["before"] + r["after"] for r in results if r["entry"] == entry], 0) for entry in entries]
@@ -52,7 +52,8 @@ def format_table(rows):
     """The rows of `table` as aligned text."""
     lines = [f"{'degradation':16s} {'PSNR before':>11s} {'after':>7s} {'gain':>7s}   {'SSIM before':>11s} {'after':>7s}"]
     for r in rows:
-        lines.append(f"{r['degradation']:16s} {r['psnr_before']:11.2f} {r['psnr_after']:7.2f} {r['psnr_after'] - r['psnr_before']:+7.2f}   "
+        gain = r["psnr_after"] - r["psnr_before"]
+        lines.append(f"{r['degradation']:16s} {r['psnr_before']:11.2f} {r['psnr_after']:7.2f} {gain:+7.2f}   "
                      f"{r['ssim_before']:11.3f} {r['ssim_after']:7.3f}")
     return "\n".join(lines)
 
@@ -60,24 +61,38 @@ def format_table(rows):
 def restore_files(paths, out, weights=WEIGHTS):
     """Restore files or folders of images; yields each path written.
 
-    One file goes to `out` if that has an image's suffix; otherwise `out` is a folder, made if need be, and each image keeps its name.
-    The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray. Raises InputError for a
-    file that is no image (in a folder it is refused before anything is written), or two images of one name.
+    One file goes to `out` if that has a suffix; otherwise `out` is a folder, made if need be, and each image keeps its name.
+    The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray. A file that is no
+    image does not stop the others: an InputError names all such files at the end. Two images of one name, or a result that would
+    replace its own photo, are refused before anything is written.
     """
     files, out = list_images(paths), Path(out)
-    p, config = load_model(weights)
-    images = [read_image(file) for file in files]
-    targets = [out] if out.suffix and len(files) == 1 and not out.is_dir() else [out / file.name for file in files]
-    for target in targets:
+    targets = [out] if len(files) == 1 and out.suffix and not out.is_dir() else [out / file.name for file in files]
+    for file, target in zip(files, targets):
         if targets.count(target) > 1:
             raise InputError(f"two of the images are called {target.name}: restore them into different folders")
+        refuse_overwriting(file, target)
+    p, config = load_model(weights)
     make_folder(targets[0].parent)
-    for target, (pixels, dtype) in zip(targets, images):
-        restored = restore(rgb(pixels), p, config)
-        if pixels.shape[2] < 3:
-            restored = restored.mean(-1, keepdims=True)
-        write_image(target, np.concatenate((restored, pixels[..., restored.shape[2]:]), -1), dtype)
-        yield target
+    failed = []
+    for file, target in zip(files, targets):
+        try:
+            pixels, dtype = read_image(file)
+            restored = restore(rgb(pixels), p, config)
+            if pixels.shape[2] < 3:
+                restored = restored.mean(-1, keepdims=True)
+            write_image(target, np.concatenate((restored, pixels[..., restored.shape[2]:]), -1), dtype)
+            yield target
+        except InputError as error:
+            failed.append(str(error))
+    if failed:
+        raise InputError(f"not restored: {'; '.join(failed)}")
+
+
+def refuse_overwriting(source, target):
+    """InputError if a result would replace the photo it is made from."""
+    if Path(source).resolve() == Path(target).resolve():
+        raise InputError(f"{target} is the photo itself: name another output")
 
 
 def make_folder(path):
@@ -89,7 +104,7 @@ def make_folder(path):
 
 
 def demo(names=("noise25", "rain", "snow")):
-    """A held-out photograph with one degradation per region, restored by the shipped weights -> degraded, restored, clean, mask, names."""
+    """A held-out photograph, one degradation per region, restored by the shipped weights -> degraded, restored, clean, mask, names."""
     clean = photographs("test")["astronaut"]
     degraded, mask, names = patchwork(Scene(clean), np.random.default_rng(TEST_SEED), names)
     return degraded, restore(degraded, *load_model(WEIGHTS)), clean, mask, names

@@ -1,6 +1,6 @@
 """The main job: train a restorer on toy degradations and leave a run folder that explains itself.
 
-Every batch is a pure function of (seed, step), so a run that was interrupted and resumed ends with the same bits as one that was not.
+Every batch is a pure function of (seed, step), so a run that was interrupted and resumed ends with the bits of one that was not.
 """
 import csv
 import json
@@ -192,12 +192,12 @@ def train(recipe, out, resume=False):
                 saved = time.perf_counter()
     save_state()
     if done < recipe.steps:
-        raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on from there")
+        raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on")
     return finish(recipe, config, p, ops, entries, rows, seconds, out)
 
 
 def finish(recipe, config, p, ops, entries, rows, seconds, out):
-    """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last and marks the run as whole."""
+    """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
     photos = 3 * len(entries)
     results = list(tqdm(held_out(entries, p, config, ops), total=photos, desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
@@ -216,7 +216,7 @@ def finish(recipe, config, p, ops, entries, rows, seconds, out):
 
 
 def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
-    """Forward a held-out photograph with one degradation per region -> degraded, mask, names, S (h,w,R) of the last stage, its name."""
+    """A held-out photograph, one degradation per region -> degraded, mask, names, and S (h,w,R) of the last adapted stage, its name."""
     degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
     _, cache = centered(degraded[None], p, config, ops)
     stage, anatomy = list(anatomies(cache).items())[-1]

@@ -178,7 +178,7 @@ def scale_channels_backward(dy, cache):
 
 
 def scaled_residual(x, update, scale):
-    """y = x + s u, one learned factor per channel (NAFNet's beta and gamma). x, update (B,H,W,C), scale (1,C,1,1) as PyTorch has it."""
+    """y = x + s u, one learned factor per channel (NAFNet's beta and gamma). x, update (B,H,W,C), scale (1,C,1,1) as PyTorch's."""
     s = scale.reshape(-1)
     return x + update * s, (update, s)
 
@@ -210,7 +210,10 @@ def probe(Q, K, V, heads):
 
 
 def probe_backward(dZ, cache):
-    """dV = P^T dZ, dP = dZ V^T, dlogits = P (dP - rowsum(dP P)) with rowsum(dP P) = rowsum(dZ Z); dQ = dlogits K, dK = dlogits^T Q."""
+    """dV = P^T dZ, dP = dZ V^T, dlogits = P (dP - rowsum(dP P)); dQ = dlogits K, dK = dlogits^T Q.
+
+    Since Z = P V, rowsum(dP P) = rowsum(dZ Z): R D/h products per head instead of R N.
+    """
     q, k, v, z, P = cache
     B, h, N, d = k.shape
     R = q.shape[1]
@@ -291,9 +294,9 @@ def assembly_backward(dY, cache):
 
 
 def topk_softmax(S, k):
-    """Ablation: softmax over the k largest of a token's R affinities, the others zero (equal ones stay together); k = R is the plain softmax.
+    """Ablation: softmax over the k largest of a token's R affinities, the others zero; k = R is the plain softmax.
 
-    S (B,N,R), 1 <= k <= R. Source: the gate of Shazeer et al. 2017 (sparsely-gated experts), without its noise.
+    S (B,N,R), 1 <= k <= R; affinities equal to the k-th are all kept. Source: the gate of Shazeer et al. 2017, without its noise.
     """
     kept = np.where(S >= np.partition(S, -k, -1)[..., -k, None], S, -np.inf)
     T = np.exp(kept - kept.max(-1, keepdims=True))
