@@ -112,6 +112,7 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     (["train", "--steps", "9", "--minutes", "1"], "not allowed with"),
     (["train", "--minutes", "nan"], "positive number"),
     (["train", "--seed", "-1"], "at least 0"),
+    (["train", "--resume", "--minutes", "2"], "--minutes"),
     (["train", "--images", "nowhere"], "nowhere"),
     (["train", "--resume", "--out", "nowhere"], "nowhere"),
     (["degrade", "x.png", "-o", "y.png", "--as", "fog"], "haze"),

@@ -239,7 +239,7 @@ def test_hostile_files_get_one_sentence(tmp_path):
 def test_no_library_talks_over_us(tmp_path):
     names = hostile(tmp_path)
     odd_animation(tmp_path / "odd.png")
-    code = "import sys; from tinycea.scenes import folder; print(*folder(sys.argv[1]))"
+    code = "import sys; from tinycea.scenes import folder; print(*dict(folder(sys.argv[1])))"
     ran = subprocess.run([sys.executable, "-W", "always", "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert ran.stdout == "odd.png\n"
     said = ran.stderr.splitlines()
@@ -249,10 +249,10 @@ def test_no_library_talks_over_us(tmp_path):
 def test_a_folder_skips_and_names_what_is_no_image(tmp_path, capsys):
     names = hostile(tmp_path)
     with pytest.raises(InputError, match="no readable image"):
-        folder(tmp_path)
+        list(folder(tmp_path))
     capsys.readouterr()
     Image.fromarray(COLOR).convert("L").save(tmp_path / "gray.PNG")
-    assert {name: image.shape for name, image in folder(tmp_path).items()} == {"gray.PNG": (20, 30, 3)}
+    assert {name: image.shape for name, image in folder(tmp_path)} == {"gray.PNG": (20, 30, 3)}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(names) - 1 and all(line.startswith("skipping ") for line in said)
 

@@ -38,7 +38,8 @@ def interrupt_at(monkeypatch, step):
 
 def log(folder):
     """log.csv without its seconds."""
-    return [row[:-1] for row in job.read_log(folder / "log.csv")]
+    steps = len((folder / "log.csv").read_text().splitlines()) - 1
+    return [row[:-1] for row in job.read_log(folder / "log.csv", steps)]
 
 
 def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
@@ -142,3 +143,23 @@ def test_resume_needs_an_interrupted_run(tmp_path):
     (tmp_path / "result.json").touch()
     with pytest.raises(InputError, match="finished"):
         job.resumable(tmp_path, {})
+
+
+@pytest.mark.parametrize("name, content", [("state.safetensors", b"cut"), ("log.csv", b"step\n1,x\n"), ("log.csv", b""), ("log.csv", None)])
+def test_resume_refuses_a_damaged_run_folder(tmp_path, monkeypatch, name, content):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        job.train(TINY, tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        job.train(TINY, tmp_path, resume=True)
+
+
+def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        job.train(replace(TINY, adapter="none"), tmp_path)
+    with pytest.raises(InputError, match="state.safetensors: parameter . has shape"):
+        job.train(TINY, tmp_path, resume=True)

@@ -91,10 +91,10 @@ def train(args):
     typed = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     recipe = job.Recipe(**typed)
     out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
+    if args.resume and args.minutes:
+        raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
     if args.resume:
         recipe = job.resumable(out, typed)
-    elif (out / "result.json").exists() or (out / "state.safetensors").exists():
-        raise InputError(f"{out} already holds a run: go on with it by --resume if it was interrupted, or name another folder by --out")
     elif args.minutes:
         recipe = replace(recipe, steps=job.steps_in(args.minutes, recipe))
     result = job.train(recipe, out, args.resume)

@@ -79,7 +79,7 @@ def copy_into(p, tensors, source):
     for name, value in tensors.items():
         value = np.asarray(value)
         if value.shape != p[name].shape or value.dtype.kind not in "fiu":
-            raise InputError(f"{source}: parameter {name} is {value.dtype} {value.shape}, expected {p[name].dtype} {p[name].shape}")
+            raise InputError(f"{source}: parameter {name} has shape {value.shape} ({value.dtype}), expected {p[name].shape}")
         with np.errstate(over="ignore"):
             arrays[name] = value.astype(p[name].dtype)
         if not np.isfinite(arrays[name]).all():

@@ -41,7 +41,7 @@ def before_after(results, path):
         degraded, restored, clean = r["images"]
         _show(axes[0], degraded, f"{r['photograph']}, {r['entry']}", "{:.2f} dB, SSIM {:.3f}".format(*r["before"]))
         _show(axes[1], restored, "restored", "{:.2f} dB, SSIM {:.3f}".format(*r["after"]))
-        _show(axes[2], clean, "clean", "PSNR in dB on RGB, SSIM 1")
+        _show(axes[2], clean, "clean", "the reference")
     _save(figure, path)
 
 

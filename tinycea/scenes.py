@@ -222,13 +222,15 @@ def list_images(paths):
 
 
 def folder(path):
-    """The images {name: (H,W,3) float32 in [0,1]} of a folder; broken ones are named on stderr. InputError if none is left."""
-    images = {}
+    """Yield the images of a folder, (name, (H,W,3) float32 in [0,1]); broken ones are named on stderr. InputError if there is none."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder")
+    readable = False
     for file in list_images([path]):
         try:
-            images[file.name] = rgb(read_image(file)[0])
+            yield file.name, rgb(read_image(file)[0])
+            readable = True
         except InputError as error:
             print(f"skipping {error}", file=sys.stderr)
-    if not images:
+    if not readable:
         raise InputError(f"{path}: no readable image in this folder")
-    return images

@@ -24,11 +24,12 @@ from .errors import InputError, atomic
 from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
-from .params import load, save
+from .params import copy_into, load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
 from .scenes import Scene, crop, dead_leaves, folder, photographs, pyramid
 
 EVERY = 100                                   # steps between two looks at the held-out patches
+LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones are used at half, a quarter, ...
 SAVE_SECONDS = 30                             # between two states written for --resume
 COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")
 
@@ -55,9 +56,12 @@ class Recipe:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def photographs_of(recipe):
-    """Scenes of the photographs to train on, at all sizes: the user's folder, or scikit-image's training split."""
-    images = folder(recipe.images) if recipe.images else photographs("train")
-    return [level for image in images.values() for level in pyramid(Scene(image), recipe.patch)]
+    """Scenes of the photographs to train on, at all sizes up to LARGEST: the user's folder, or scikit-image's training split."""
+    scenes = []
+    for _, image in folder(recipe.images) if recipe.images else photographs("train").items():
+        levels = pyramid(Scene(image), recipe.patch)
+        scenes += [level for level in levels if max(level.image.shape) <= LARGEST] or levels[-1:]
+    return scenes
 
 
 def leaves_of(recipe):
@@ -144,6 +148,8 @@ def train(recipe, out, resume=False):
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     config, ops, entries, out = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite), Path(out)
+    if not resume and ((out / "result.json").exists() or (out / "state.safetensors").exists()):
+        raise InputError(f"{out} already holds a run: go on with it by --resume if it was interrupted, or name another folder by --out")
     photos = photographs_of(recipe)
     make_folder(out)
     write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
@@ -157,14 +163,13 @@ def train(recipe, out, resume=False):
     done, seconds, rows = 0, 0.0, []
     if resume:
         state, metadata = load(out / "state.safetensors")
-        for array, name in ((p.flat, "w"), (m, "m"), (v, "v")):
-            array[:] = state[name]
+        copy_into({"w": p.flat, "m": m, "v": v}, state, out / "state.safetensors")
         done, seconds = metadata["step"], metadata["seconds"]
-        rows = read_log(out / "log.csv")[:done]
+        rows = read_log(out / "log.csv", done)
 
     def save_state():
+        write_log(out / "log.csv", rows)      # first: a log longer than the state can be resumed, a shorter one cannot
         save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v}, step=done, seconds=seconds)
-        write_log(out / "log.csv", rows)
 
     with interruptible() as interrupted, ThreadPoolExecutor(1) as worker, \
             tqdm(total=recipe.steps, initial=done, desc="training", unit="step", disable=None) as bar:
@@ -267,7 +272,13 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
-def read_log(path):
-    """The rows of log.csv, numbers as numbers."""
-    with open(path, newline="") as file:
-        return [(int(step), *(float(x) if x else "" for x in row)) for step, *row in list(csv.reader(file))[1:]]
+def read_log(path, steps):
+    """The first `steps` rows of log.csv, numbers as numbers; InputError if it holds fewer or others."""
+    try:
+        with open(path, newline="") as file:
+            rows = [(int(step), *(float(x) if x else "" for x in row)) for step, *row in list(csv.reader(file))[1:steps + 1]]
+    except (OSError, ValueError):
+        rows = []
+    if [row[0] for row in rows] != list(range(1, steps + 1)):
+        raise InputError(f"{path}: expected the log of steps 1 to {steps}")
+    return rows
