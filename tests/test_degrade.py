@@ -6,8 +6,26 @@ import numpy as np
 import pytest
 
 from tinycea import degrade as room
-from tinycea.degrade import (DEGRADATIONS, SUITES, blur, compose, defocus, degrade, disk, haze, line, low, motion, noise, parse,
-                             patchwork, rain, snow, suite, trace)
+from tinycea.degrade import (
+    DEGRADATIONS,
+    SUITES,
+    blur,
+    compose,
+    defocus,
+    degrade,
+    disk,
+    haze,
+    line,
+    low,
+    motion,
+    noise,
+    parse,
+    patchwork,
+    rain,
+    snow,
+    suite,
+    trace,
+)
 from tinycea.errors import InputError
 from tinycea.scenes import Scene, dead_leaves, photographs
 

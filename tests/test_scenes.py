@@ -12,8 +12,20 @@ from scipy import stats
 
 from tinycea import scenes
 from tinycea.errors import InputError
-from tinycea.scenes import (Scene, crop, dead_leaves, folder, leaf_radii, list_images, photographs, pyramid, read_image, rgb,
-                            smooth_field, write_image)
+from tinycea.scenes import (
+    Scene,
+    crop,
+    dead_leaves,
+    folder,
+    leaf_radii,
+    list_images,
+    photographs,
+    pyramid,
+    read_image,
+    rgb,
+    smooth_field,
+    write_image,
+)
 
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (20, 30, 3), np.uint16)

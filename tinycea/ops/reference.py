@@ -9,7 +9,6 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
 def linear(x, weight, bias=None):
