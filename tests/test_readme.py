@@ -11,7 +11,7 @@ from tinycea import cli
 from tinycea.restore import WEIGHTS, format_table
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def test_the_example_prints_what_its_comments_say():
@@ -25,15 +25,23 @@ def test_the_example_prints_what_its_comments_say():
     assert float(said[1].split(",")[0]) / 10 < float(error) < 10 * float(said[1].split(",")[0])
 
 
-@pytest.mark.parametrize("path", [ROOT / "data" / "train" / "result.json", WEIGHTS.with_suffix(".json")])
+@pytest.mark.parametrize("path", [ROOT / "data" / "train" / "cea" / "result.json", WEIGHTS.with_suffix(".json")])
 def test_the_tables_are_the_committed_results(path):
     assert format_table(json.loads(path.read_text())["rows"]) in README
 
 
+def test_the_comparison_without_an_adapter_is_the_committed_one():
+    none = json.loads((ROOT / "data" / "train" / "none" / "result.json").read_text())
+    assert f"{none['rows'][-1]['psnr_after']:.2f} dB after" in README and none["recipe"]["adapter"] == "none"
+
+
 def test_lines_of_code_shown_are_lines_of_the_source():
-    source = (ROOT / "tinycea" / "cea.py").read_text()
-    for line in re.findall(r"`(\w+, c_\w+ = ops[^`]*)`", README):
-        assert line in source, line
+    source = (ROOT / "tinycea" / "cea.py").read_text("utf-8")
+    lines = re.findall(r"`([^`]*ops\.[^`]*)`", README.split("| equation")[1].split("\n\n")[0])
+    assert len(lines) == 7
+    for line in lines:
+        start, _, end = line.rpartition("... ")
+        assert re.search(re.escape(start) + ".*" + re.escape(end), source), line
 
 
 def test_files_linked_or_listed_exist():
