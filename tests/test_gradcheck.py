@@ -142,7 +142,7 @@ def test_wrong_term_inside_cea_fails(name):
 def test_the_package_breaks_its_own_on_purpose():
     wrong = list(gradcheck.broken(reference))
     assert len(wrong) == 4
-    assert all(not all(verdict(*case).values()) for _, *case in wrong)
+    assert all(not all(verdict(*case).values()) for _, _, *case in wrong)
 
 
 def test_kink_fails_by_its_slope():

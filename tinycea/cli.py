@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 def parser():
     """The parser of all commands; each command's function is its `run`."""
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="train|restore|degrade|demo|gradcheck")
 
     def command(run, description):
         sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
@@ -144,7 +144,7 @@ def gradcheck(args):
         print(f"{'pair':42s} {'worst argument':30s} {'analytic':>13s} {'numeric':>13s} {'rel. error':>10s} {'slope':>6s}")
         for row in rows:
             print(f"{row['name']:42s} {row['argument']:30s} {row['analytic']:13.6e} {row['numeric']:13.6e} "
-                  f"{row['relative_error']:10.1e} {row['taylor_slope']:6.3f}  {'ok' if row['passed'] else 'FAILED'}")
+                  f"{row['relative_error']:10.1e} {row['taylor_slope']:6.3f}  {row['verdict']}")
         seconds = time.perf_counter() - start
         print(f"{len(rows) - failed} of {len(rows)} passed in {seconds:.1f} s, backend {args.backend}, seed {args.seed}")
     return 1 if failed else 0

@@ -182,33 +182,30 @@ def cases(ops, seed=0):
 
 
 def broken(ops, seed=0):
-    """Yield (what is wrong, forward, backward, inputs): four gradients that `check` must fail."""
+    """Yield four pairs as `cases` does, each with a wrong gradient that `check` must fail."""
     rng = np.random.default_rng(seed)
     inputs = {"x": rng.normal(size=(2, 5, 4)), "weight": rng.normal(size=(4, 4)), "bias": rng.normal(size=4)}
-    right = ops.linear_backward
-
-    def wrong(change):
-        return lambda dy, cache: change(*right(dy, cache), dy)
-
-    yield "0.1 % too large", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw * 1.001, db)), inputs
-    yield "sign flipped", ops.linear, wrong(lambda dx, dw, db, dy: (-dx, dw, db)), inputs
-    yield "transposed", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw.T, db)), inputs
-    yield "term dropped", ops.linear, wrong(lambda dx, dw, db, dy: (dx, dw, db - dy[0].sum(0))), inputs
+    for wrong, change in (("0.1 % too large", lambda dx, dw, db, dy: (dx, dw * 1.001, db)),
+                          ("sign flipped", lambda dx, dw, db, dy: (-dx, dw, db)),
+                          ("transposed", lambda dx, dw, db, dy: (dx, dw.T, db)),
+                          ("term dropped", lambda dx, dw, db, dy: (dx, dw, db - dy[0].sum(0)))):
+        yield (f"broken on purpose: {wrong}", 1e-6, ops.linear,
+               lambda dy, cache, change=change: change(*ops.linear_backward(dy, cache), dy), inputs)
 
 
 def report(backend_name="cpu", seed=0):
-    """Check every case -> list of dicts, one per case: its worst argument's row, with `name` and the number of `arguments`."""
+    """Check all cases, and that the broken ones are caught -> list of dicts, one per case.
+
+    Each is its worst argument's Row, with the case's name, number of arguments, tolerance, smallest slope and verdict.
+    """
     ops = backend(backend_name)
     results = []
-    for name, tolerance, forward, backward, inputs in cases(ops, seed):
-        rows = check(forward, backward, inputs, seed, tolerance=tolerance)
-        worst = max(rows, key=lambda row: (not row.passed, row.relative_error))
-        slope = min(row.taylor_slope for row in rows)
-        results.append({"name": name, "arguments": len(rows)} | asdict(worst) | {"taylor_slope": slope, "tolerance": tolerance})
-    for name, forward, backward, inputs in broken(ops, seed):
-        rows = check(forward, backward, inputs, seed)
-        worst = max(rows, key=lambda row: row.relative_error)
-        caught = any(not row.passed for row in rows)
-        results.append({"name": f"broken on purpose: {name}", "arguments": len(rows)} | asdict(worst)
-                       | {"passed": caught, "tolerance": 1e-6})
+    for verdict, pairs in (("ok", cases(ops, seed)), ("caught", broken(ops, seed))):
+        for name, tolerance, forward, backward, inputs in pairs:
+            rows = check(forward, backward, inputs, seed, tolerance=tolerance)
+            worst = max(rows, key=lambda row: (not row.passed, row.relative_error))
+            passed = all(row.passed for row in rows) == (verdict == "ok")
+            results.append({"name": name, "arguments": len(rows)} | asdict(worst)
+                           | {"taylor_slope": min(row.taylor_slope for row in rows), "tolerance": tolerance,
+                              "passed": passed, "verdict": verdict if passed else "FAILED"})
     return results
