@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinycea import cli, nafnet
-from tinycea.restore import WEIGHTS, restore, restore_files
+from tinycea import cli, nafnet, params
+from tinycea import restore as restoring
+from tinycea.restore import WEIGHTS, demo, restore, restore_files
 from tinycea.scenes import photographs, read_image, write_image
 
 
@@ -63,9 +64,19 @@ def test_degrade_is_reproducible_and_seeded(tmp_path, photo):
     assert read_image(tmp_path / "a.png")[0].shape == read_image(photo)[0].shape
 
 
-def test_demo_draws_a_picture(tmp_path):
+def test_demo_draws_a_picture_and_every_region_is_restored(tmp_path):
     assert cli.main(["demo", "-o", str(tmp_path / "demo.png")]) == 0
-    assert read_image(tmp_path / "demo.png")[0].std() > 0.1
+    assert read_image(tmp_path / "demo.png")[0].std() > 0.1 and len(list(tmp_path.iterdir())) == 1
+    degraded, restored, clean, mask, names = demo()
+    assert len(names) == 3
+    for k in range(3):
+        region = mask.argmax(-1) == k
+        before, after = (np.mean((image - clean)[region] ** 2) for image in (degraded, restored))
+        assert after < before / 1.5, names[k]
+
+
+def test_the_table_in_the_weights_is_the_one_beside_them():
+    assert params.load(WEIGHTS)[1]["table"] == json.loads(WEIGHTS.with_suffix(".json").read_text())["rows"]
 
 
 def test_gradcheck_prints_json_and_passes(capsys):
@@ -120,6 +131,8 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     (["restore", "nowhere.png", "-o", "out.png"], "nowhere.png"),
     (["gradcheck", "--backend", "gpu"], "cpu, reference"),
     (["paint"], "train"),
+    (["train", "--images", ""], "path"),
+    (["restore", "", "-o", "out"], "path"),
     ([], "train|restore"),
 ])
 def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, message):
@@ -163,6 +176,11 @@ def test_bad_outputs(capsys, tmp_path, photo):
     assert "file" in fails(capsys, "train", "--out", file)
     assert "file" in fails(capsys, "demo", "-o", file / "demo.png")
     assert "file" in fails(capsys, "degrade", photo, "-o", file / "out.png", "--as", "rain")
+    for name in ("demo", "demo.xyz", "other"):
+        assert name in fails(capsys, "demo", "-o", tmp_path / name)
+    assert "folder" in fails(capsys, "restore", photo, photo.with_name("two.png"), "-o", tmp_path / "out.png")
+    assert ".webp" in fails(capsys, "restore", photo, "-o", tmp_path / "out.webp")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "photo.png"}
     assert ".docx" in fails(capsys, "degrade", photo, "-o", tmp_path / "out.docx", "--as", "rain")
     other = tmp_path / "other"
     other.mkdir()
@@ -177,6 +195,28 @@ def test_unwritable_folder(capsys, tmp_path, photo):
     assert str(locked) in fails(capsys, "restore", photo, "-o", locked / "out.png")
     assert str(locked) in fails(capsys, "train", "--out", locked / "run")
     assert str(locked) in fails(capsys, "demo", "-o", locked / "demo.png")
+
+
+def test_too_large_for_memory_is_one_sentence_and_the_others_are_restored(capsys, tmp_path, photo, monkeypatch):
+    write_image(tmp_path / "z.png", photographs("validation")["rocket"][:5, :4])
+    whole = restoring.restore
+
+    def small_memory(image, *rest):
+        if image.size > 100:
+            raise MemoryError
+        return whole(image, *rest)
+    monkeypatch.setattr(restoring, "restore", small_memory)
+    assert cli.main(["restore", str(photo), str(tmp_path / "z.png"), "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "photo.png: too large" in err and err.count("\n") == 1 and (tmp_path / "out" / "z.png").exists()
+
+
+def test_ctrl_c_says_so(capsys, photo, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(restoring, "restore", interrupted)
+    assert cli.main(["restore", str(photo), "-o", str(tmp_path / "out.png")]) == 130
+    assert capsys.readouterr().err == "tinycea: interrupted\n"
 
 
 def test_bad_weights(capsys, tmp_path, photo):

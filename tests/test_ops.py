@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tinycea import gradcheck
+from tinycea import cea, gradcheck
 from tinycea.errors import InputError
 from tinycea.ops import BACKENDS, backend, reference
 
@@ -17,7 +17,7 @@ GRADIENT = {np.float64: 1e-12, np.float32: 3e-5}         # its gradients: a floa
 MODULE = {np.float64: 1e-10, np.float32: 3e-4}           # through a whole layer or network
 SEEDS = (0, 1, 2)
 
-SIZES = {"odd": dict(B=3, H=5, W=7, C=9, O=11, R=13, h=3, d=5),
+SIZES = {"odd": dict(B=3, H=5, W=7, C=9, O=11, R=13, h=15, d=17),
          "ones": dict(B=1, H=1, W=1, C=1, O=1, R=1, h=1, d=1),
          "a column": dict(B=5, H=3, W=1, C=7, O=1, R=2, h=1, d=3),
          "a row": dict(B=1, H=1, W=9, C=3, O=5, R=7, h=5, d=1)}
@@ -316,10 +316,12 @@ def test_inputs_and_caches_are_never_modified(room, number, monkeypatch):
     _, _, forward, backward, inputs = case(room, number)
     arrays = [a.copy() for a in inputs.values()]
     y, cache = forward(*arrays)
-    assert isinstance(cache, tuple)
+    assert isinstance(cache, tuple) and np.isfinite(y).all()
     dy = np.random.default_rng(3).normal(size=np.shape(y))
     before = snapshot([arrays, dy, cache]), np.asarray(y).tobytes()
-    first = snapshot(list(several(backward(dy, cache))))
+    gradients = several(backward(dy, cache))
+    assert all(np.isfinite(g).all() for g in gradients if g is not None)
+    first = snapshot(list(gradients))
     assert snapshot(list(several(backward(dy, cache)))) == first
     assert (snapshot([arrays, dy, cache]), np.asarray(y).tobytes()) == before
     assert [a.tobytes() for a in arrays] == [a.tobytes() for a in inputs.values()]
@@ -476,3 +478,68 @@ def test_losses_at_a_perfect_restoration(room, loss, expected):
     y, cache = forward(x, x)
     assert y == pytest.approx(expected, rel=RTOL[np.float64])
     assert not np.any(backward(1.0, cache))
+
+
+# ---- the whole layer, from DESIGN's equations alone ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("affinity", ["signed", "softmax", "topk"])
+@pytest.mark.parametrize("level", ["token", "image"])
+@pytest.mark.parametrize("static", ["", "A", "U", "AU"])
+def test_cea_against_loops(affinity, level, static):
+    B, H, W, C, R, D, h, k = 3, 5, 7, 9, 4, 6, 2, 2
+    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static)
+    rng = np.random.default_rng(0)
+    p = {name: rng.normal(size=shape) for name, shape in cea.shapes(C, config).items()}
+    x = rng.normal(size=(B, H, W, C))
+    y, cache = cea.cea(x, p, config)
+    seen = cea.anatomy(cache)
+    for b in range(B):
+        X = [x[b, i, j] for i in range(H) for j in range(W)]
+        Xhat = [(t - t.mean()) / (t.var() + 1e-6) ** 0.5 * p["norm.weight"] + p["norm.bias"] for t in X]
+        A, U = np.array(p.get("A", np.zeros((R, C)))), np.array(p.get("U", np.zeros((R, C))))
+        for r in range(R if static != "AU" else 0):
+            Z = np.zeros(D)
+            for part in range(h):
+                c = slice(part * D // h, (part + 1) * D // h)
+                e = np.array([np.exp((t @ p["W_K"])[c] @ p["Q"][r, c] / (D / h) ** 0.5) for t in Xhat])
+                close(seen["P"][b, part, r], e / e.sum(), 1e-10)
+                Z[c] = sum(w * (t @ p["W_V"])[c] for w, t in zip(e / e.sum(), Xhat))
+            A[r] = A[r] if "A" in static else Z @ p["W_A"]
+            U[r] = U[r] if "U" in static else Z @ p["W_U"]
+        S = np.array([[t @ A[r] / C**0.5 for r in range(R)] for t in Xhat])
+        for n in range(len(S) if affinity != "signed" else 0):
+            kept = np.argsort(S[n])[-(k if affinity == "topk" else R):]
+            e = np.array([np.exp(S[n, r]) if r in kept else 0 for r in range(R)])
+            S[n] = e / e.sum()
+        S = S if level == "token" else np.array([S.mean(0)] * len(S))
+        close(y[b].reshape(-1, C), [t + sum(S[n, r] * U[r] for r in range(R)) / R**0.5 for n, t in enumerate(X)], 1e-10)
+        for name, value in (("S", S), ("A", A), ("U", U)):
+            close(seen[name][b], value, 1e-10)
+
+
+def test_layers_take_strided_features():
+    config = cea.CEAConfig(rank=3, heads=3)
+    rng = np.random.default_rng(1)
+    p = {name: rng.normal(size=shape) for name, shape in cea.shapes(9, config).items()}
+    x = rng.normal(size=(9, 7, 5, 2)).T                       # (2,5,7,9), channels slowest
+    y, cache = cea.cea(x, p, config)
+    z, other = cea.cea(np.ascontiguousarray(x), p, config)
+    close(y, z, 1e-12)
+    dy = rng.normal(size=(9, 7, 5, 2)).T
+    g, h = ({name: np.zeros_like(value) for name, value in p.items()} for _ in range(2))
+    close(cea.cea_backward(dy, cache, g), cea.cea_backward(np.ascontiguousarray(dy), other, h), 1e-11)
+    for name in p:
+        close(g[name], h[name], 1e-11)
+
+
+@pytest.mark.parametrize("loss", ["l1_loss", "charbonnier_loss", "psnr_loss"])
+def test_losses_refuse_what_would_broadcast(loss):
+    with pytest.raises(InputError, match="expected the same"):
+        getattr(reference, loss)(np.ones((2, 2, 2, 3)), np.ones((2, 1, 1, 3)))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (1, 0, 3, 9), (1, 2, 3, 8)])
+def test_cea_refuses_other_shapes(shape):
+    config = cea.CEAConfig(rank=3, heads=3)
+    with pytest.raises(InputError, match="expected"):
+        cea.cea(np.zeros(shape), {name: np.zeros(s) for name, s in cea.shapes(9, config).items()}, config)

@@ -1,6 +1,8 @@
 """Proves that parameters are views of one buffer, that files come back bit for bit, and that no bad file or failed write does harm."""
+import copy
 import json
 import os
+import pickle
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +43,19 @@ def refused(path, action, *words):
     assert path.name in message and "\n" not in message and all(word in message for word in words), message
     if path.parent.is_dir():
         assert {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, Params.copy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_is_one_buffer_of_its_own(clone):
+    p = random()
+    q = clone(p)
+    assert type(q) is Params and q.keys() == p.keys() and np.array_equal(q.flat, p.flat)
+    q["b"][...] = 7
+    q["a.bias"] = np.arange(5)
+    assert (q.flat == 7).sum() == 7 and np.array_equal(q["a.bias"], np.arange(5)) and not np.array_equal(q.flat, p.flat)
+    assert all(np.shares_memory(value, q.flat) or not value.size for value in q.values())
+    with pytest.raises(KeyError):
+        q["new"] = 0
 
 
 # ---- one buffer --------------------------------------------------------------------------------------------------------
@@ -311,6 +326,4 @@ def test_denied_folder_is_refused(model, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Path, "write_bytes", denied)
-    refused(model[0], lambda: save_model(*model), "cannot be written", "Permission denied")
-    monkeypatch.setattr("tempfile.mkstemp", denied)
     refused(model[0], lambda: save_model(*model), "cannot be written", "Permission denied")

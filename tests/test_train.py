@@ -12,7 +12,9 @@ import pytest
 from tinycea import train as job
 from tinycea.degrade import suite
 from tinycea.errors import InputError
-from tinycea.nafnet import load_model
+from tinycea.nafnet import by_adapter, init, load_model
+from tinycea.optim import warmup_cosine
+from tinycea.restore import held_out, quality, table
 
 TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
 
@@ -163,3 +165,37 @@ def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
         job.train(replace(TINY, adapter="none"), tmp_path)
     with pytest.raises(InputError, match="state.safetensors: parameter . has shape"):
         job.train(TINY, tmp_path, resume=True)
+
+
+def test_the_schedule_is_a_line_then_half_a_cosine():
+    rate = [warmup_cosine(share, 0.2, 3.0, 1.0) for share in (0.05, 0.1, 0.2, 0.6, 1.0)]
+    np.testing.assert_allclose(rate, [0.75, 1.5, 3.0, 2.0, 1.0])
+
+
+def test_minutes_become_steps_by_a_clock(monkeypatch):
+    ticks = iter(np.arange(0, 100, 0.25))                     # a step takes one tick of a quarter of a second
+    monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))
+    assert job.steps_in(0.5, TINY) == 120
+
+
+def test_the_table_averages_photographs_then_degradations():
+    results = [{"entry": entry, "before": (a, b), "after": (c, d)} for entry, a, b, c, d in
+               (("rain", 10, 0.1, 20, 0.5), ("rain", 12, 0.3, 26, 0.7), ("haze", 5, 0.6, 7, 0.8))]
+    rows = [[row[k] for k in ("degradation", "psnr_before", "ssim_before", "psnr_after", "ssim_after")] for row in table(results)]
+    assert [row[0] for row in rows] == ["rain", "haze", "average"]
+    np.testing.assert_allclose([row[1:] for row in rows], [[11, 0.2, 23, 0.6], [5, 0.6, 7, 0.8], [8, 0.4, 15, 0.7]])
+
+
+def test_before_is_the_degraded_image_and_after_the_restored_one():
+    config = by_adapter("none")
+    result = next(held_out(["noise50"], init(config, np.random.default_rng(0)), config))
+    degraded, restored, clean = result["images"]
+    assert result["before"] == quality(degraded, clean) and result["after"] == quality(restored, clean)
+    assert result["before"][0] < 16
+
+
+def test_a_run_folder_never_replaces_other_files(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(InputError, match="already holds"):
+        job.train(TINY, tmp_path)
+    assert (tmp_path / "config.json").read_text() == "mine"

@@ -42,7 +42,9 @@ class CEAConfig:
                             ("static", ("", "A", "U", "AU"))):
             if getattr(self, name) not in valid:
                 raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
-        for name in ("rank", "heads", "topk"):
+        for name in ("rank", "heads", "topk", "probe_channels"):
+            if getattr(self, name) is None and name == "probe_channels":
+                continue
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise InputError(f"cea {name} is {getattr(self, name)!r}: expected a positive integer")
         if self.affinity == "topk" and self.topk > self.rank:
@@ -61,7 +63,10 @@ def shapes(C, config):
 
 
 def init(p, rng):
-    """Fill a layer's parameters in place: products of unit variance, and W_U (or a static U) zero, so that Y = X (our choice)."""
+    """Fill a layer's parameters in place: matrices N(0, 1/rows), Q and a static A N(0, 1), W_U or a static U zero so that Y = X.
+
+    Our choice. A generated A starts smaller than a static one: it is made from averages over tokens.
+    """
     for name, value in p.items():
         if name == "norm.weight":
             value[...] = 1
@@ -72,7 +77,9 @@ def init(p, rng):
 
 
 def cea(x, p, config, ops=cpu):
-    """One layer. Features x (B,H,W,C), parameters p (see `shapes`) -> y (B,H,W,C), cache."""
+    """One layer. Features x (B,H,W,C), parameters p (see `shapes`) -> y (B,H,W,C), cache. InputError for any other shape."""
+    if x.ndim != 4 or 0 in x.shape or p["norm.weight"].shape != x.shape[-1:]:
+        raise InputError(f"x has shape {x.shape}: expected (B,H,W,{p['norm.weight'].size}), no side zero")
     B, H, W, C = x.shape
     X = x.reshape(B, H * W, C)
     Xhat, c_norm = ops.layernorm(X, p["norm.weight"], p["norm.bias"])
@@ -133,6 +140,15 @@ def _affinities(Xhat, A, config, ops):
     return S, (c_S, c_T, c_mean)
 
 
+def _affinities_backward(dS, cache, config, ops):
+    c_S, c_T, c_mean = cache
+    if config.level == "image":
+        dS = ops.token_mean_backward(dS, c_mean)
+    if config.affinity != "signed":
+        dS = ops.topk_softmax_backward(dS, c_T)
+    return ops.affinity_backward(dS, c_S)
+
+
 def _assemble(X, Xhat, A, U, config, ops):
     if config.affinity == "signed" and config.level == "token":
         return ops.assembly(X, Xhat, A, U)
@@ -144,14 +160,9 @@ def _assemble(X, Xhat, A, U, config, ops):
 def _assemble_backward(dY, cache, config, ops):
     if config.affinity == "signed" and config.level == "token":
         return ops.assembly_backward(dY, cache)
-    (c_S, c_T, c_mean), c_Y = cache
+    c_S, c_Y = cache
     dX, dS, dU = ops.combine_backward(dY, c_Y)
-    if config.level == "image":
-        dS = ops.token_mean_backward(dS, c_mean)
-    if config.affinity != "signed":
-        dS = ops.topk_softmax_backward(dS, c_T)
-    dXhat, dA = ops.affinity_backward(dS, c_S)
-    return dX, dXhat, dA, dU
+    return dX, *_affinities_backward(dS, c_S, config, ops), dU
 
 
 def anatomy(cache):

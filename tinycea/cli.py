@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from . import __version__
 from .errors import InputError
 
 # Before NumPy is imported: products this small gain nothing from a second BLAS thread, which spins if another process wants its core.
@@ -23,7 +24,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of all commands; each command's function is its `run`."""
+    path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
+    top.add_argument("--version", action="version", version=f"tinycea {__version__}")
     commands = top.add_subparsers(required=True, metavar="train|restore|degrade|demo|gradcheck")
 
     def command(run, description):
@@ -33,34 +36,35 @@ def parser():
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about four minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, or several joined by + (default aio5)")
-    sub.add_argument("--adapter", help="none, cea or one of its ablations, such as cea-softmax (default cea)")
+    sub.add_argument("--adapter", help="none, cea (default), or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, cea-static-U, cea-static")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="training steps (default 3000)")
     length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu or reference (default cpu)")
-    sub.add_argument("--images", metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
-    sub.add_argument("--out", metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
+    sub.add_argument("--images", type=path, metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
+    sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 
     sub = command(restore, "restore photographs with a trained model")
-    sub.add_argument("photos", nargs="+", metavar="PHOTO", help="image files, or folders of them")
-    sub.add_argument("-o", "--out", required=True, help="an image file for one photo, a folder for several")
-    sub.add_argument("--weights", metavar="FILE", help="a model.safetensors of a run (default: the model in the package)")
+    sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
+    sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
+    sub.add_argument("--weights", type=path, metavar="FILE", help="a model.safetensors of a run (default: the model in the package)")
 
     sub = command(degrade, "degrade a photograph")
-    sub.add_argument("photo", metavar="PHOTO")
-    sub.add_argument("-o", "--out", required=True, help="the image file to write")
-    sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="such as haze+rain")
-    sub.add_argument("--seed", type=natural, default=0)
+    sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
+    sub.add_argument("-o", "--out", type=path, required=True, help="the image file to write, 8-bit RGB")
+    sub.add_argument("--as", dest="names", required=True, metavar="NAMES",
+                     help="one or several joined by +: low, rain, snow, haze, blur (motion or defocus), noise15, noise25, noise50")
+    sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
-    sub.add_argument("-o", "--out", default="demo.png", help="the picture to write (default demo.png)")
+    sub.add_argument("-o", "--out", type=path, default="demo.png", help="the picture to write, a .png (default demo.png)")
 
     sub = command(gradcheck, "hold every hand-written gradient against central differences")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--backend", default="cpu", help="cpu or reference (default cpu)")
-    sub.add_argument("--seed", type=natural, default=0)
+    sub.add_argument("--seed", type=natural, default=0, help="of inputs and directions (default 0)")
     return top
 
 
@@ -128,6 +132,8 @@ def degrade(args):
 def demo(args):
     from . import plots
     from .restore import demo as run
+    if Path(args.out).suffix.lower() != ".png" or Path(args.out).is_dir():
+        raise InputError(f"{args.out}: the demo is a picture, name a .png file")
     plots.demo(*run(), args.out)
     print(args.out)
     return 0
@@ -157,11 +163,17 @@ def main(argv=None):
         if unknown:
             args.parser.error(f"unknown argument {unknown[0]}")
         return args.run(args)
+    except BrokenPipeError:                   # the reader of our output has gone, as in `tinycea gradcheck | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         print(f"tinycea: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"tinycea: out of memory ({error})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
-        print(f"tinycea: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"tinycea: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

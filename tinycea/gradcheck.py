@@ -115,7 +115,7 @@ def _slope(remainders, floor):
 def module(forward, backward, x, p):
     """A module (x, p) -> y as a pair of plain arrays, for `check` -> forward, backward, inputs."""
     def backward_all(dy, cache):
-        g = {name: np.zeros_like(value) for name, value in p.items()}
+        g = {name: np.zeros(value.shape, dy.dtype) for name, value in p.items()}
         return backward(dy, cache, g), *g.values()
     return lambda x, *values: forward(x, dict(zip(p, values))), backward_all, {"x": x} | p
 
@@ -143,7 +143,7 @@ def cases(ops, seed=0):
     yield op("global_average_pool", {"x": n(2, 3, 5, 4)})
     yield op("scale_channels", {"x": n(2, 3, 5, 4), "scale": n(2, 1, 1, 4)})
     yield op("scaled_residual", {"x": n(2, 3, 5, 4), "update": n(2, 3, 5, 4), "scale": n(1, 4, 1, 1)})
-    yield op("probe", {"Q": n(3, 8), "K": n(2, 7, 8), "V": n(2, 7, 8)}, 4)
+    yield op("probe", {"Q": n(3, 20), "K": n(2, 7, 20), "V": n(2, 7, 20)}, 4)
     yield op("affinity", {"xhat": n(2, 7, 5), "A": n(2, 3, 5)})
     yield op("combine", {"x": n(2, 7, 5), "S": n(2, 7, 3), "U": n(2, 3, 5)})
     yield op("assembly", {"x": n(2, 7, 5), "xhat": n(2, 7, 5), "A": n(2, 2, 5), "U": n(2, 2, 5)}, label=" (tokens first)")
@@ -159,13 +159,13 @@ def cases(ops, seed=0):
     def parameters(shapes):
         return {name: n(*shape) / 2 for name, shape in shapes.items()}          # never the zeros of an initialization
 
-    switches = [CEAConfig(rank=3, heads=2, probe_channels=8, topk=2, affinity=affinity, level=level, static=static)
+    switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static)
                 for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
         label = "fast weight" if config.rank == 9 else f"{config.affinity}, {config.level}, static {config.static or 'none'}"
         gap = 0
         while gap < 0.01:                     # no affinity so near to the k-th that a step of the check could exchange them
-            x, p = n(2, 3, 7, 6), parameters(cea.shapes(6, config))
+            x, p = n(3, 2, 7, 6), parameters(cea.shapes(6, config))
             S = np.sort(cea.anatomy(cea.cea(x, p, replace(config, affinity="signed", level="token"), ops)[1])["S"])
             gap = (S[..., -config.topk] - S[..., -config.topk - 1]).min() if config.affinity == "topk" else 1
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: cea.cea(x, p, c, ops), cea.cea_backward, x, p)

@@ -21,7 +21,7 @@ ADAPTERS = {"none": None, "cea": CEAConfig(),
 
 @dataclass(frozen=True)
 class NAFNetConfig:
-    """The network's shape. The default is the toy model: 74 thousand parameters, a CEA layer after every stage.
+    """The network's shape; InputError where it makes no sense. The default is the toy model: 74 thousand parameters, CEA everywhere.
 
     width: channels of the first stage, doubled by each down step. encoders, decoders: blocks per stage. middle: blocks between.
     unshuffle: 1 (NAFNet) or the factor of the pixel unshuffle. adapter: "none" or "cea", with the switches in `cea`.
@@ -57,8 +57,8 @@ class NAFNetConfig:
         return down | middle | up
 
     def adapted(self):
-        """Names of the stages that an adapter follows."""
-        return () if self.adapter == "none" else tuple(self.stages()) if self.slots is None else self.slots
+        """Names of the stages that an adapter follows, in the order of the forward pass."""
+        return () if self.adapter == "none" else tuple(s for s in self.stages() if self.slots is None or s in self.slots)
 
     def multiple(self):
         """Height and width are padded to a multiple of this many pixels."""
@@ -66,7 +66,7 @@ class NAFNetConfig:
 
 
 def by_adapter(name):
-    """The default network with the adapter called `name` (one of ADAPTERS)."""
+    """The default network with the adapter called `name`: one of ADAPTERS, else InputError."""
     if name not in ADAPTERS:
         raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
     return NAFNetConfig(adapter="none") if name == "none" else NAFNetConfig(cea=ADAPTERS[name])
@@ -136,7 +136,7 @@ def load_model(path):
     try:
         config = from_dict(metadata["config"])
         p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
         raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None
     copy_into(p, tensors, path)
     return p, config
@@ -150,44 +150,57 @@ def from_dict(values):
 
 # ---- one block -------------------------------------------------------------------------------------------------------
 
-def nafblock(x, p, ops=cpu):
+def nafblock(x, p, ops=cpu, keep=True):
     """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache."""
-    u, c1 = ops.layernorm(x, p["norm1.weight"], p["norm1.bias"])
-    u, c2 = ops.conv1x1(u, p["conv1.weight"], p["conv1.bias"])
-    u, c3 = ops.depthwise3x3(u, p["conv2.weight"], p["conv2.bias"])
-    u, c4 = ops.simple_gate(u)
-    s, c5 = ops.global_average_pool(u)
-    s, c6 = ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"])
-    u, c7 = ops.scale_channels(u, s)
-    u, c8 = ops.conv1x1(u, p["conv3.weight"], p["conv3.bias"])
-    y, c9 = ops.scaled_residual(x, u, p["beta"])
-    u, c10 = ops.layernorm(y, p["norm2.weight"], p["norm2.bias"])
-    u, c11 = ops.conv1x1(u, p["conv4.weight"], p["conv4.bias"])
-    u, c12 = ops.simple_gate(u)
-    u, c13 = ops.conv1x1(u, p["conv5.weight"], p["conv5.bias"])
-    z, c14 = ops.scaled_residual(y, u, p["gamma"])
-    return z, (c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, ops)
+    caches, layer = _layers(keep)
+    u = layer("norm1", ops.layernorm(x, p["norm1.weight"], p["norm1.bias"]))
+    u = layer("conv1", ops.conv1x1(u, p["conv1.weight"], p["conv1.bias"]))
+    u = layer("conv2", ops.depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
+    u = layer("sg1", ops.simple_gate(u))
+    s = layer("pool", ops.global_average_pool(u))
+    s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
+    u = layer("sca", ops.scale_channels(u, s))
+    u = layer("conv3", ops.conv1x1(u, p["conv3.weight"], p["conv3.bias"]))
+    y = layer("beta", ops.scaled_residual(x, u, p["beta"]))
+    u = layer("norm2", ops.layernorm(y, p["norm2.weight"], p["norm2.bias"]))
+    u = layer("conv4", ops.conv1x1(u, p["conv4.weight"], p["conv4.bias"]))
+    u = layer("sg2", ops.simple_gate(u))
+    u = layer("conv5", ops.conv1x1(u, p["conv5.weight"], p["conv5.bias"]))
+    z = layer("gamma", ops.scaled_residual(y, u, p["gamma"]))
+    return z, (caches, ops)
 
 
 def nafblock_backward(dz, cache, g):
     """dx, and every parameter's gradient added into g: the forward read from the bottom up."""
-    c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, ops = cache
-    dy, du, dgamma = ops.scaled_residual_backward(dz, c14)
+    c, ops = cache
+    dy, du, dgamma = ops.scaled_residual_backward(dz, c["gamma"])
     g["gamma"] += dgamma
-    du = _add(g, "conv5", ops.conv1x1_backward(du, c13))
-    du = ops.simple_gate_backward(du, c12)
-    du = _add(g, "conv4", ops.conv1x1_backward(du, c11))
-    dy = dy + _add(g, "norm2", ops.layernorm_backward(du, c10))
-    dx, du, dbeta = ops.scaled_residual_backward(dy, c9)
+    du = _add(g, "conv5", ops.conv1x1_backward(du, c["conv5"]))
+    du = ops.simple_gate_backward(du, c["sg2"])
+    du = _add(g, "conv4", ops.conv1x1_backward(du, c["conv4"]))
+    dy = dy + _add(g, "norm2", ops.layernorm_backward(du, c["norm2"]))
+    dx, du, dbeta = ops.scaled_residual_backward(dy, c["beta"])
     g["beta"] += dbeta
-    du = _add(g, "conv3", ops.conv1x1_backward(du, c8))
-    du, ds = ops.scale_channels_backward(du, c7)
-    ds = _add(g, "sca.1", ops.conv1x1_backward(ds, c6))
-    du = du + ops.global_average_pool_backward(ds, c5)
-    du = ops.simple_gate_backward(du, c4)
-    du = _add(g, "conv2", ops.depthwise3x3_backward(du, c3))
-    du = _add(g, "conv1", ops.conv1x1_backward(du, c2))
-    return dx + _add(g, "norm1", ops.layernorm_backward(du, c1))
+    du = _add(g, "conv3", ops.conv1x1_backward(du, c["conv3"]))
+    du, ds = ops.scale_channels_backward(du, c["sca"])
+    ds = _add(g, "sca.1", ops.conv1x1_backward(ds, c["sca.1"]))
+    du = du + ops.global_average_pool_backward(ds, c["pool"])
+    du = ops.simple_gate_backward(du, c["sg1"])
+    du = _add(g, "conv2", ops.depthwise3x3_backward(du, c["conv2"]))
+    du = _add(g, "conv1", ops.conv1x1_backward(du, c["conv1"]))
+    return dx + _add(g, "norm1", ops.layernorm_backward(du, c["norm1"]))
+
+
+def _layers(keep):
+    """A dict of caches, and a function that hands on a layer's output and puts its cache away under its name (if keep)."""
+    caches = {}
+
+    def layer(name, result):
+        y, cache = result
+        if keep:
+            caches[name] = cache
+        return y
+    return caches, layer
 
 
 def _add(g, name, gradients):
@@ -202,18 +215,13 @@ def _add(g, name, gradients):
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 def nafnet(image, p, config, ops=cpu, keep=True):
-    """Restore a batch of images (B,H,W,3), any size from 1 x 1 up -> same shape, cache. keep=False drops the caches as it goes."""
+    """Restore a batch of images (B,H,W,3), any size from 1 x 1 up -> same shape, cache. keep=False drops the caches as it goes.
+
+    InputError for anything but floats of that shape.
+    """
     _check(image)
     H, W = image.shape[1:3]
-    caches = {}
-
-    def layer(name, result):
-        """The output of a layer, its cache put away under its name."""
-        y, cache = result
-        if keep:
-            caches[name] = cache
-        return y
-
+    caches, layer = _layers(keep)
     x = layer("unshuffle", ops.pixel_unshuffle(_pad(image, config), config.unshuffle))
     y = layer("intro", ops.conv3x3(x, p["intro.weight"], p["intro.bias"]))
     skips = []
@@ -252,7 +260,7 @@ def nafnet_backward(dy, cache, g):
 
 
 def centered(image, p, config, ops=cpu, keep=True):
-    """`nafnet` on colors in [-1,1]: images in [0,1] in and out, 2x - 1 to the network, (y + 1)/2 from it.
+    """`nafnet` on colors in [-1,1]: images (B,H,W,3) in [0,1] in and out, 2x - 1 to the network, (y + 1)/2 from it.
 
     Our choice for training and restoring: the network learns faster from inputs around zero, and its zero padding is a middle gray.
     """
@@ -266,7 +274,7 @@ def centered_backward(dy, cache, g):
 
 
 def anatomies(cache):
-    """What each CEA layer of a forward pass wrote: stage -> `cea.anatomy`."""
+    """What each CEA layer of a forward pass (with keep=True) wrote: stage -> the S, A, U and P of `cea.anatomy`."""
     caches, config, _ = cache
     return {stage: cea.anatomy(caches[stage][-1]) for stage in config.adapted()}
 
@@ -281,8 +289,8 @@ def _stage(x, p, name, config, ops, keep):
     """The blocks of one stage, then its adapter if it has one."""
     caches, adapter = [], None
     for j in range(config.stages()[name][1]):
-        x, cache = nafblock(x, under(p, f"{name}.{j}"), ops)
-        caches.append(cache if keep else None)
+        x, cache = nafblock(x, under(p, f"{name}.{j}"), ops, keep)
+        caches.append(cache)
     if name in config.adapted():
         x, adapter = cea.cea(x, under(p, f"adapters.{name}"), config.cea, ops)
     return x, (caches, adapter)

@@ -15,7 +15,7 @@ class Params(dict):
     """A dict of named arrays that are views of one contiguous 1-D array, `flat`.
 
     Whatever treats all parameters alike (the optimizer, a norm, a copy, an all-reduce) is one line on `flat`;
-    whatever needs one layer reads a view: `p["intro.weight"]`. Write into a view (`p[name][...] = value`), never over it.
+    whatever needs one layer reads a view: `p["intro.weight"]`. Assigning to a name writes into its view; names are fixed.
     """
 
     def __init__(self, shapes, dtype=np.float32):
@@ -23,12 +23,29 @@ class Params(dict):
         start = 0
         for name, shape in shapes.items():
             stop = start + math.prod(shape)
-            self[name] = self.flat[start:stop].reshape(shape)
+            super().__setitem__(name, self.flat[start:stop].reshape(shape))
             start = stop
+
+    def __setitem__(self, name, value):
+        self[name][...] = value
 
     def zeros_like(self):
         """Params of the same names and shapes, all zero: gradients, or an optimizer's moments."""
         return Params({name: value.shape for name, value in self.items()}, self.flat.dtype)
+
+    def copy(self):
+        """A Params of its own with the same names and values."""
+        rebuild, arguments = self.__reduce__()
+        return rebuild(*arguments)
+
+    def __reduce__(self):                     # for copy, deepcopy and pickle: a plain dict's would cut the views off the buffer
+        return _rebuilt, ({name: value.shape for name, value in self.items()}, self.flat)
+
+
+def _rebuilt(shapes, flat):
+    p = Params(shapes, flat.dtype)
+    p.flat[:] = flat
+    return p
 
 
 def under(p, prefix):

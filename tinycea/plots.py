@@ -8,7 +8,7 @@ from .errors import atomic
 
 def _save(figure, path):
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight", pad_inches=0.08)
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", pad_inches=0.08)
 
 
 def _show(axes, image, title="", below="", **settings):
@@ -45,10 +45,10 @@ def before_after(results, path):
     _save(figure, path)
 
 
-def routing(degraded, mask, names, S, stage, path):
-    """A photograph under different degradations, its regions, and the signed affinity map of every rank component.
+def routing(degraded, mask, names, S, kind, stage, path):
+    """A photograph under different degradations, its regions, and the affinity map of every rank component.
 
-    degraded (H,W,3), mask (H,W,K) of the K names, S (h,w,R). Maps share one scale, symmetric about zero.
+    degraded (H,W,3), mask (H,W,K) of the K names, S (h,w,R), kind "signed", "softmax" or "topk". Maps share one scale.
     """
     R = S.shape[-1]
     limit = float(np.quantile(abs(S), 0.995)) or 1.0
@@ -63,7 +63,8 @@ def routing(degraded, mask, names, S, stage, path):
         negative = 100 * np.mean(S[..., r] < 0)
         _show(axes, S[..., r], f"r = {r + 1}", f"{negative:.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(axes.images[0], ax=grid[:, 1:], shrink=0.6, label="affinity S")
-    figure.suptitle(f"Signed affinity of every token to each of the {R} routing bases of this image, after {stage}", fontsize=10)
+    figure.suptitle(f"{kind.capitalize()} affinity of every token to each of the {R} routing bases of this image, after {stage}",
+                    fontsize=10)
     _save(figure, path)
 
 

@@ -8,7 +8,8 @@ from .degrade import degrade, patchwork
 from .errors import InputError
 from .nafnet import centered, load_model
 from .ops import cpu
-from .scenes import Scene, list_images, photographs, read_image, rgb, write_image
+from .ops.cpu import keep_memory
+from .scenes import SUFFIXES, Scene, list_images, photographs, read_image, rgb, write_image
 
 WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
 SSIM = "RGB float in [0,1], Gaussian window of standard deviation 1.5, population covariance (Wang et al. 2004)"
@@ -62,16 +63,25 @@ def restore_files(paths, out, weights=WEIGHTS):
     """Restore files or folders of images; yields each path written.
 
     One file goes to `out` if that has a suffix; otherwise `out` is a folder, made if need be, and each image keeps its name.
-    The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray. A file that is no
+    The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray; color profiles and
+    other metadata are not carried over. What can be read but not written (such as .webp) becomes a .png. A file that is no
     image does not stop the others: an InputError names all such files at the end. Two images of one name, or a result that would
     replace its own photo, are refused before anything is written.
     """
     files, out = list_images(paths), Path(out)
-    targets = [out] if len(files) == 1 and out.suffix and not out.is_dir() else [out / file.name for file in files]
+    if len(files) == 1 and out.suffix and not out.is_dir():
+        targets = [out]
+    else:
+        targets = [out / (file.name if file.suffix.lower() in SUFFIXES else f"{file.stem}.png") for file in files]
+        if out.suffix.lower() in SUFFIXES and not out.is_dir():
+            raise InputError(f"{out}: {len(files)} images need a folder, not one file")
     for file, target in zip(files, targets):
+        if target.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{target}: cannot write {target.suffix}; name one of {', '.join(SUFFIXES)}, or a folder that exists")
         if targets.count(target) > 1:
             raise InputError(f"two of the images are called {target.name}: restore them into different folders")
         refuse_overwriting(file, target)
+    keep_memory()
     p, config = load_model(weights)
     make_folder(targets[0].parent)
     failed = []
@@ -85,6 +95,8 @@ def restore_files(paths, out, weights=WEIGHTS):
             yield target
         except InputError as error:
             failed.append(str(error))
+        except MemoryError:
+            failed.append(f"{file}: too large for the memory at hand, about 0.3 GB a megapixel")
     if failed:
         raise InputError(f"not restored: {'; '.join(failed)}")
 

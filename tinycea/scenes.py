@@ -1,4 +1,5 @@
 """Clean images: dead leaves, the photographs in scikit-image's wheel, and files and folders of yours."""
+import io
 import logging
 import sys
 import warnings
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import numpy as np
 import skimage
+import tifffile
 
 from .errors import InputError, atomic
 
@@ -170,10 +172,12 @@ def read_image(path):
 def _decode(data):
     """The first page, (H,W) or (H,W,C), of an encoded file: by Pillow, but 16-bit color, which that cuts to 8, by tifffile."""
     if data[:2] in (b"II", b"MM"):
-        page = iio.improps(data, plugin="tifffile", index=None, page=0)
-        if page.dtype == np.uint16 and len(page.shape) == 3:
-            pixels = iio.imread(data, plugin="tifffile", index=None, page=0)
-            return pixels if pixels.shape[-1] <= 4 else np.moveaxis(pixels, 0, -1)          # planes one after another
+        page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+        if page.dtype == np.uint16 and page.samplesperpixel > 1:
+            pixels = page.asarray() if page.planarconfig == 1 else np.moveaxis(page.asarray(), 0, -1)   # else plane after plane
+            turn = page.tags.valueof(274, 1)                    # Orientation: 1 upright, the others mirrored, turned or both
+            pixels = pixels.swapaxes(0, 1) if turn > 4 else pixels
+            return pixels[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
     meta = iio.immeta(data, plugin="pillow", index=0)
     palette = "RGBA" if "transparency" in meta else "RGB"
     mode = {"1": "L", "P": palette, "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB"}.get(meta["mode"])
@@ -186,7 +190,7 @@ def rgb(pixels):
 
 
 def write_image(path, pixels, dtype=np.uint8):
-    """Writes (H,W) or (H,W,C) in [0,1], C as in read_image, clipped and rounded to dtype, as PNG, JPEG or TIFF by its suffix.
+    """Write (H,W) or (H,W,C) in [0,1], C as in read_image, clipped and rounded to dtype, as PNG, JPEG or TIFF by its suffix.
 
     uint16 is kept by TIFF and gray PNG, else 8 bits are written; JPEG has quality 95 and no alpha. The file appears whole or
     not at all. Raises InputError for another suffix or dtype, odd or non-finite pixels, a place that cannot be written to.
@@ -205,17 +209,14 @@ def write_image(path, pixels, dtype=np.uint8):
     elif suffix != ".png" or channels > 1:
         dtype = np.dtype(np.uint8)
     whole = np.rint(np.clip(pixels, 0, 1) * np.iinfo(dtype).max).astype(dtype)
-    try:
-        with atomic(path) as temporary:
-            iio.imwrite(temporary, whole if channels > 1 else whole[..., 0], extension=suffix, **how)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with atomic(path) as temporary:
+        iio.imwrite(temporary, whole if channels > 1 else whole[..., 0], extension=suffix, **how)
 
 
 def list_images(paths):
     """Files among `paths` as given and, for each folder, the images right in it, sorted. Raises InputError if there are none."""
     found = [file for path in map(Path, paths) for file in (
-        sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path])]
+        sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()) if path.is_dir() else [path])]
     if not found:
         raise InputError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}")
     return found

@@ -23,14 +23,17 @@ from .degrade import degrade, patchwork, suite
 from .errors import InputError, atomic
 from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
+from .ops.cpu import keep_memory
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
 from .params import copy_into, load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
-from .scenes import Scene, crop, dead_leaves, folder, photographs, pyramid
+from .scenes import PHOTOGRAPHS, Scene, crop, dead_leaves, folder, photographs, pyramid
 
 EVERY = 100                                   # steps between two looks at the held-out patches
 LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones are used at half, a quarter, ...
 SAVE_SECONDS = 30                             # between two states written for --resume
+FILES = ("config.json", "log.csv", "state.safetensors", "model.safetensors", "curve.png", "before_after.png", "routing.png",
+         "result.json")                       # of a run folder; the state goes when the result has come
 COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")
 
 
@@ -148,11 +151,11 @@ def train(recipe, out, resume=False):
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     config, ops, entries, out = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite), Path(out)
-    if not resume and ((out / "result.json").exists() or (out / "state.safetensors").exists()):
-        raise InputError(f"{out} already holds a run: go on with it by --resume if it was interrupted, or name another folder by --out")
+    keep_memory()
+    if not resume and any((out / name).exists() for name in FILES):
+        raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
     photos = photographs_of(recipe)
     make_folder(out)
-    write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
     scenes, validation = (leaves_of(recipe), photos), held_out_patches(entries)
 
     p = init(config, np.random.default_rng(recipe.seed))
@@ -168,6 +171,7 @@ def train(recipe, out, resume=False):
         rows = read_log(out / "log.csv", done)
 
     def save_state():
+        write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
         write_log(out / "log.csv", rows)      # first: a log longer than the state can be resumed, a shorter one cannot
         save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v}, step=done, seconds=seconds)
 
@@ -196,15 +200,18 @@ def train(recipe, out, resume=False):
                 save_state()
                 saved = time.perf_counter()
     save_state()
-    if done < recipe.steps:
-        raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on")
-    return finish(recipe, config, p, ops, entries, rows, seconds, out)
+    try:
+        if done < recipe.steps:
+            raise KeyboardInterrupt
+        return finish(recipe, config, p, ops, entries, rows, seconds, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on") from None
 
 
 def finish(recipe, config, p, ops, entries, rows, seconds, out):
     """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
-    photos = 3 * len(entries)
-    results = list(tqdm(held_out(entries, p, config, ops), total=photos, desc="held-out photographs", leave=False, disable=None))
+    photos = len(PHOTOGRAPHS["test"])
+    results = list(tqdm(held_out(entries, p, config, ops), total=photos * len(entries), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
               "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(),
               "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
@@ -221,13 +228,13 @@ def finish(recipe, config, p, ops, entries, rows, seconds, out):
 
 
 def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
-    """A held-out photograph, one degradation per region -> degraded, mask, names, and S (h,w,R) of the last adapted stage, its name."""
+    """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and its stage, the last one."""
     degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
     _, cache = centered(degraded[None], p, config, ops)
     stage, anatomy = list(anatomies(cache).items())[-1]
     m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
     h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
-    return degraded, mask, names, anatomy["S"].reshape(h, w, -1), stage
+    return degraded, mask, names, anatomy["S"].reshape(h, w, -1), config.cea.affinity, stage
 
 
 def peak_memory():

@@ -9,6 +9,8 @@ import math
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from ..errors import InputError
+
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
 def linear(x, weight, bias=None):
@@ -101,7 +103,7 @@ def depthwise3x3_backward(dy, cache):
 
 
 def down2x2(x, weight, bias):
-    """2 x 2 convolution with stride 2: each 2 x 2 patch becomes one token. x (B,2H,2W,I), weight (O,I,2,2) -> (B,H,W,O)."""
+    """2 x 2 convolution with stride 2: each 2 x 2 patch becomes one token. x (B,2H,2W,I), even sides, weight (O,I,2,2) -> (B,H,W,O)."""
     B, H, W, C = x.shape
     patches = x.reshape(B, H // 2, 2, W // 2, 2, C)                             # (B,H,i,W,j,I)
     return np.tensordot(patches, weight, ((2, 4, 5), (2, 3, 1))) + bias, (patches, weight)
@@ -209,7 +211,7 @@ def probe(Q, K, V, heads):
 
 
 def probe_backward(dZ, cache):
-    """dV = P^T dZ, dP = dZ V^T, dlogits = P (dP - rowsum(dP P)); dQ = dlogits K, dK = dlogits^T Q.
+    """dV = P^T dZ, dP = dZ V^T, dlogits = P (dP - rowsum(dP P)) / sqrt(D/h); dQ = dlogits K, dK = dlogits^T Q.
 
     Since Z = P V, rowsum(dP P) = rowsum(dZ Z): R D/h products per head instead of R N.
     """
@@ -276,15 +278,17 @@ def assembly(x, xhat, A, U):
     """
     N, (R, C) = x.shape[-2], A.shape[-2:]
     if R * C * C + N * C * C < 2 * N * R * C:
-        return fast_weight(x, xhat, A, U)
+        Y, cache = fast_weight(x, xhat, A, U)
+        return Y, ("fast weight first", cache)
     S, c_S = affinity(xhat, A)
     Y, c_Y = combine(x, S, U)
-    return Y, (c_S, c_Y)
+    return Y, ("tokens first", (c_S, c_Y))
 
 
 def assembly_backward(dY, cache):
     """Gradients of x, xhat, A, U along the order the forward took."""
-    if len(cache) == 4:
+    order, cache = cache
+    if order == "fast weight first":
         return fast_weight_backward(dY, cache)
     c_S, c_Y = cache
     dx, dS, dU = combine_backward(dY, c_Y)
@@ -321,22 +325,28 @@ def token_mean_backward(dS, cache):
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
+def _error(pred, target):
+    if pred.shape != target.shape:
+        raise InputError(f"pred has shape {pred.shape} and target {target.shape}: expected the same")
+    return pred - target
+
+
 def l1_loss(pred, target):
-    """Mean absolute error. pred, target (B,H,W,C) -> scalar."""
-    error = pred - target
+    """Mean absolute error. pred, target (B,H,W,C) -> scalar; InputError if their shapes differ, as for every loss."""
+    error = _error(pred, target)
     return np.abs(error).mean(), (error,)
 
 
 def l1_loss_backward(dy, cache):
     """dpred = sign(error)/count (0 at 0), dtarget = -dpred."""
     (error,) = cache
-    dpred = np.sign(error) * (dy / error.size)
+    dpred = np.sign(error) * (float(dy) / error.size)
     return dpred, -dpred
 
 
 def charbonnier_loss(pred, target, eps=1e-3):
     """Mean of sqrt(error^2 + eps^2), a smooth L1 (Charbonnier et al. 1994). pred, target (B,H,W,C) -> scalar."""
-    error = pred - target
+    error = _error(pred, target)
     root = np.sqrt(error * error + eps * eps)
     return root.mean(), (error, root)
 
@@ -344,19 +354,19 @@ def charbonnier_loss(pred, target, eps=1e-3):
 def charbonnier_loss_backward(dy, cache):
     """dpred = error / sqrt(error^2 + eps^2) / count, dtarget = -dpred."""
     error, root = cache
-    dpred = error / root * (dy / error.size)
+    dpred = error / root * (float(dy) / error.size)
     return dpred, -dpred
 
 
 def psnr_loss(pred, target, eps=1e-8):
     """Minus the mean PSNR in dB: mean over images of 10 log10(MSE + eps), peak value 1 (NAFNet's loss). pred, target (B,H,W,C)."""
-    error = pred - target
+    error = _error(pred, target)
     mse = (error * error).mean((1, 2, 3), keepdims=True) + eps
     return 10 * np.log10(mse).mean(), (error, mse)
 
 
 def psnr_loss_backward(dy, cache):
-    """dpred = (10/ln 10) 2 error / (MSE count), count over the whole batch; dtarget = -dpred."""
+    """dpred = (10/ln 10) 2 error / ((MSE + eps) count), count over the whole batch; dtarget = -dpred."""
     error, mse = cache
-    dpred = error / mse * (dy * 20 / (math.log(10) * error.size))
+    dpred = error / mse * (float(dy) * 20 / (math.log(10) * error.size))
     return dpred, -dpred
