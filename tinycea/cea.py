@@ -42,11 +42,10 @@ class CEAConfig:
                             ("static", ("", "A", "U", "AU"))):
             if getattr(self, name) not in valid:
                 raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
-        for name in ("rank", "heads", "topk", "probe_channels"):
-            if getattr(self, name) is None and name == "probe_channels":
-                continue
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise InputError(f"cea {name} is {getattr(self, name)!r}: expected a positive integer")
+        D = 1 if self.probe_channels is None else self.probe_channels
+        for name, n in (("rank", self.rank), ("heads", self.heads), ("topk", self.topk), ("probe_channels", D)):
+            if not (isinstance(n, int) and n > 0):
+                raise InputError(f"cea {name} is {n!r}: expected a positive integer")
         if self.affinity == "topk" and self.topk > self.rank:
             raise InputError(f"cea topk is {self.topk}: expected at most the rank, {self.rank}")
 
@@ -98,26 +97,26 @@ def cea_backward(dy, cache, g):
     """dx, and every parameter's gradient added into g (names as in p): the forward read from the bottom up."""
     c_norm, c_K, c_V, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
     dX, dXhat, dA, dU = _assemble_backward(dy.reshape(Xhat.shape), c_Y, config, ops)
+
+    def through(name, dy, cache):
+        """dx of y = x W, its dW added into g."""
+        dx, dW, _ = ops.linear_backward(dy, cache)
+        g[name] += dW
+        return dx
+
     dZ = 0
     if "U" in config.static:
         g["U"] += dU.sum(0)
     else:
-        dZ, dW_U, _ = ops.linear_backward(dU, c_U)
-        g["W_U"] += dW_U
+        dZ = dZ + through("W_U", dU, c_U)
     if "A" in config.static:
         g["A"] += dA.sum(0)
     else:
-        dZ_A, dW_A, _ = ops.linear_backward(dA, c_A)
-        g["W_A"] += dW_A
-        dZ = dZ + dZ_A
+        dZ = dZ + through("W_A", dA, c_A)
     if config.static != "AU":
         dQ, dK, dV = ops.probe_backward(dZ, c_Z)
         g["Q"] += dQ
-        dXhat_V, dW_V, _ = ops.linear_backward(dV, c_V)
-        g["W_V"] += dW_V
-        dXhat_K, dW_K, _ = ops.linear_backward(dK, c_K)
-        g["W_K"] += dW_K
-        dXhat = dXhat + dXhat_V + dXhat_K
+        dXhat = dXhat + through("W_V", dV, c_V) + through("W_K", dK, c_K)
     dX_norm, dweight, dbias = ops.layernorm_backward(dXhat, c_norm)
     g["norm.weight"] += dweight
     g["norm.bias"] += dbias

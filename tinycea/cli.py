@@ -93,6 +93,8 @@ def train(args):
     from .restore import format_table
     options = "suite", "adapter", "steps", "seed", "backend", "images"
     typed = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    if args.images:
+        typed["images"] = str(Path(args.images).resolve())        # the same folder from wherever the run is resumed
     recipe = job.Recipe(**typed)
     out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if args.resume and args.minutes:
