@@ -322,7 +322,7 @@ def test_image_without_caches_is_the_same_image():
     assert np.array_equal(kept[0], dropped[0]) and not dropped[1][0]
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda c: f"static {c.static or 'none'}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}")
 def test_anatomy_is_what_the_layer_added(config):
     forward, _, inputs = layer(replace(config, probe_channels=D))
     y, cache = forward(*inputs.values())

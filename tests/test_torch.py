@@ -152,7 +152,7 @@ def agree(room, x, p, mine, theirs, parameters):
         close(g[name], value.grad, "gradient")
 
 
-CEA = [CEAConfig(rank=5, heads=3, probe_channels=9, topk=2, affinity=affinity, level=level, static=static)
+CEA = [CEAConfig(rank=5, heads=3, probe_channels=12, topk=2, affinity=affinity, level=level, static=static)
        for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
 CEA += [CEAConfig(rank=1, heads=1), CEAConfig(rank=11, heads=6), CEAConfig(rank=5, heads=2, affinity="topk", topk=5)]
 
@@ -163,7 +163,7 @@ def test_cea_layer(room, config):
     rng = np.random.default_rng(0)
     p = random_params(cea.shapes(6, config), rng)
     parameters = {name: tensor(value) for name, value in p.items()}
-    agree(room, rng.normal(size=(2, 5, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
+    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
           lambda x: torch_cea(x, parameters, config), parameters)
 
 
