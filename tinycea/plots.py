@@ -25,7 +25,7 @@ def curve(rows, path):
     axes = figure.subplots()
     mean = np.convolve(-loss, np.full(window, 1 / window), "valid")
     axes.plot(steps[window - 1:], mean, label=f"training batches, mean of {window}")
-    held = [(row[0], row[4]) for row in rows if row[4] != ""]
+    held = [(row[0], row[4]) for row in rows if not np.isnan(row[4])]
     axes.plot(*zip(*held), "k--", marker=".", label="held-out patches")
     axes.set(xlabel="step", ylabel="PSNR (dB)")
     axes.grid(alpha=0.3)

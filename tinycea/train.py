@@ -166,14 +166,15 @@ def train(recipe, out, resume=False):
     done, seconds, rows = 0, 0.0, []
     if resume:
         state, metadata = load(out / "state.safetensors")
+        rows = state.pop("log", np.empty(0)).tolist()
         copy_into({"w": p.flat, "m": m, "v": v}, state, out / "state.safetensors")
         done, seconds = metadata["step"], metadata["seconds"]
-        rows = read_log(out / "log.csv", done)
 
     def save_state():
         write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
-        write_log(out / "log.csv", rows)      # first: a log longer than the state can be resumed, a shorter one cannot
-        save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v}, step=done, seconds=seconds)
+        log = np.array(rows).reshape(done, len(COLUMNS))
+        save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v, "log": log}, step=done, seconds=seconds)
+        write_log(out / "log.csv", rows)
 
     with interruptible() as interrupted, ThreadPoolExecutor(1) as worker, \
             tqdm(total=recipe.steps, initial=done, desc="training", unit="step", disable=None) as bar:
@@ -189,12 +190,12 @@ def train(recipe, out, resume=False):
             done += 1
             rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
             adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
-            psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else ""
+            psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else np.nan
             seconds = time.perf_counter() - start
             rows.append((done, rate, loss, norm, psnr, seconds))
-            if psnr != "" or done == 1:
+            if not np.isnan(psnr):
                 recent = np.mean([row[2] for row in rows[-EVERY:]])
-                bar.set_postfix_str(f"loss {recent:.2f} dB" + (f", held-out PSNR {psnr:.2f} dB" if psnr else ""))
+                bar.set_postfix_str(f"loss {recent:.2f} dB, held-out PSNR {psnr:.2f} dB")
             bar.update()
             if time.perf_counter() - saved > SAVE_SECONDS:
                 save_state()
@@ -272,20 +273,8 @@ def write_json(path, value):
 
 
 def write_log(path, rows):
-    """log.csv, whole or not at all: one line per step."""
+    """log.csv, whole or not at all: one line per step, the held-out PSNR left blank where it was not looked at."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows(rows)
-
-
-def read_log(path, steps):
-    """The first `steps` rows of log.csv, numbers as numbers; InputError if it holds fewer or others."""
-    try:
-        with open(path, newline="") as file:
-            rows = [(int(step), *(float(x) if x else "" for x in row)) for step, *row in list(csv.reader(file))[1:steps + 1]]
-    except (OSError, ValueError):
-        rows = []
-    if [row[0] for row in rows] != list(range(1, steps + 1)):
-        raise InputError(f"{path}: expected the log of steps 1 to {steps}")
-    return rows
+        writer.writerows((int(step), *("" if np.isnan(x) else x for x in row)) for step, *row in rows)
