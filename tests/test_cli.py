@@ -1,6 +1,7 @@
 """The commands as a user types them: what they write, and one sentence with a non-zero exit for bad input."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from tinycea import cli, nafnet, params
 from tinycea import restore as restoring
+from tinycea.degrade import DEGRADATIONS, SUITES
+from tinycea.ops import BACKENDS
 from tinycea.restore import WEIGHTS, demo, restore, restore_files
 from tinycea.scenes import photographs, read_image, write_image
 
@@ -108,6 +111,15 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     assert "average" in done.stdout and (tmp_path / "run" / "result.json").exists()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize("command, names", [("train", [*nafnet.ADAPTERS, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),
+                                            ("gradcheck", BACKENDS)])
+def test_help_lists_every_name(capsys, command, names):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    said = set(re.findall(r"[\w-]+", re.sub(r"-\n\s+", "-", capsys.readouterr().out)))
+    assert set(names) <= said
 
 
 # ---- what they refuse ------------------------------------------------------------------------------------------------

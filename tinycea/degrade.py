@@ -235,7 +235,7 @@ def patchwork(scene, rng, names=None, strength=1.0):
     ramps = [np.clip(10 * (k * rank.reshape(shape) - i) + 0.5, 0, 1) for i in range(1, k)]  # from 0 to 1 at the i-th quantile
     ramps = [np.ones(shape, np.float32), *ramps, np.zeros(shape, np.float32)]
     mask = np.stack([here - beyond for here, beyond in zip(ramps, ramps[1:])], axis=-1)
-    parts = [compose(scene, parse(name), rng, strength) for name in names]
+    parts = [compose(scene, name.split("+"), rng, strength) for name in names]
     image = sum(mask[..., i:i + 1] * part for i, part in enumerate(parts))
     return np.clip(image, 0, 1), mask, names
 
@@ -244,7 +244,7 @@ def degrade(scene, entry, rng, strength=1.0):
     """The degraded image of a scene for one entry of a suite: "patchwork", or a degradation or several joined by "+"."""
     if entry == "patchwork":
         return patchwork(scene, rng, strength=strength)[0]
-    return compose(scene, parse(entry), rng, strength)
+    return compose(scene, entry.split("+"), rng, strength)
 
 
 def suite(name):

@@ -13,7 +13,7 @@ def _save(figure, path):
 
 def _show(axes, image, title="", below="", **settings):
     """An image without ticks, a title above and a line below."""
-    axes.imshow(image, interpolation="nearest" if min(np.shape(image)[:2]) < 64 else "auto", **settings)
+    axes.imshow(image, **settings)
     axes.set(xticks=[], yticks=[], title=title, xlabel=below)
 
 

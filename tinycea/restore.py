@@ -29,9 +29,9 @@ def quality(image, clean):
                                         use_sample_covariance=False)))
 
 
-def held_out(entries, p, config, ops=cpu, split="test"):
-    """Restore every photograph of a split under every entry of a suite; yields dicts with entry, photograph, images and metrics."""
-    for j, (name, clean) in enumerate(photographs(split).items()):
+def held_out(entries, p, config, ops=cpu):
+    """Restore every test photograph under every entry of a suite; yields dicts with entry, photograph, images and metrics."""
+    for j, (name, clean) in enumerate(photographs("test").items()):
         for entry in entries:
             rng = np.random.default_rng([TEST_SEED, j, *entry.encode()])
             degraded = degrade(Scene(clean), entry, rng)
