@@ -4,7 +4,7 @@ Also what only whole modules can show: gradients are added, every parameter gets
 """
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,8 +64,11 @@ def test_wrong_gradient_fails_and_is_named(name, wrong):
 
 
 def patched(**changes):
-    """The reference operations with some of them replaced."""
-    return SimpleNamespace(**vars(reference) | changes)
+    """The reference operations with some of them replaced, for each other too."""
+    names = vars(reference).copy()
+    names.update({name: FunctionType(f.__code__, names, name, f.__defaults__) for name, f in names.items() if isinstance(f, FunctionType)})
+    names.update(changes)
+    return SimpleNamespace(**names)
 
 
 def linear_without_dx(weight):

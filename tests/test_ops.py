@@ -109,8 +109,13 @@ def loop_scale_channels(x, scale):
     return fill(x.shape, lambda b, h, w, c: x[b, h, w, c] * scale[b, 0, 0, c])
 
 
-def loop_scaled_residual(x, update, scale):
-    return fill(x.shape, lambda b, h, w, c: x[b, h, w, c] + scale[0, c, 0, 0] * update[b, h, w, c])
+def loop_norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
+    return loop_conv1x1(loop_layernorm(x, norm_weight, norm_bias), weight, bias)
+
+
+def loop_scaled_conv1x1(x, weight, bias, scale):
+    y = loop_conv1x1(x, weight, bias)
+    return fill(y.shape, lambda b, h, w, o: scale[0, o, 0, 0] * y[b, h, w, o])
 
 
 def loop_probe(Q, K, V, heads):
@@ -122,6 +127,10 @@ def loop_probe(Q, K, V, heads):
         P = softmax([dot(Q[r, mine], K[b, n, mine]) / math.sqrt(d) for n in range(N)])
         Z[b, r, mine] = [dot(P, V[b, :, head * d + i]) for i in range(d)]
     return Z
+
+
+def loop_summarize(xhat, W_K, W_V, Q, heads):
+    return loop_probe(Q, loop_linear(xhat, W_K), loop_linear(xhat, W_V), heads)
 
 
 def loop_affinity(xhat, A):
@@ -169,6 +178,8 @@ OPS = [("linear", (), dict(x=TOKENS, weight="C O", bias="O")),
        ("conv1x1", (), dict(x=IMAGE, weight="O C 1 1")),
        ("layernorm", (), dict(x=TOKENS, weight="C", bias="C")),
        ("layernorm", (), dict(x=IMAGE, weight="C", bias="C")),
+       ("norm_conv1x1", (), dict(x=IMAGE, norm_weight="C", norm_bias="C", weight="O C 1 1", bias="O")),
+       ("scaled_conv1x1", (), dict(x=IMAGE, weight="O C 1 1", bias="O", scale="1 O 1 1")),
        ("conv3x3", (), dict(x=IMAGE, weight="O C 3 3", bias="O")),
        ("depthwise3x3", (), dict(x=IMAGE, weight="C 1 3 3", bias="C")),
        ("down2x2", (), dict(x="B 2H 2W C", weight="O C 2 2", bias="O")),
@@ -179,8 +190,8 @@ OPS = [("linear", (), dict(x=TOKENS, weight="C O", bias="O")),
        ("simple_gate", (), dict(x="B H W 2C")),
        ("global_average_pool", (), dict(x=IMAGE)),
        ("scale_channels", (), dict(x=IMAGE, scale="B 1 1 C")),
-       ("scaled_residual", (), dict(x=IMAGE, update=IMAGE, scale="1 C 1 1")),
        ("probe", ("h",), dict(Q="R D", K="B N D", V="B N D")),
+       ("summarize", ("h",), dict(xhat=TOKENS, W_K="C D", W_V="C D", Q="R D")),
        ("affinity", (), dict(xhat=TOKENS, A="B R C")),
        ("combine", (), dict(x=TOKENS, S="B N R", U="B R C")),
        ("assembly", (), dict(x=TOKENS, xhat=TOKENS, A="B R C", U="B R C")),

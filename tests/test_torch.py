@@ -1,6 +1,6 @@
-"""Proves the whole: outputs and every gradient equal PyTorch's autograd in float64, on networks written here from the mathematics.
+"""Proves the whole: outputs and every gradient equal PyTorch's autograd in float64.
 
-NAFNet below is the public architecture under its public names, (B,C,H,W) throughout; nothing of tinycea's arithmetic is called by it.
+tinycea.rival is the public architecture under its public names, (B,C,H,W) throughout; it calls nothing of tinycea's arithmetic.
 """
 from dataclasses import replace
 
@@ -12,9 +12,10 @@ from tinycea.cea import CEAConfig
 from tinycea.errors import InputError
 from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter
 from tinycea.ops import backend
-from tinycea.params import Params
+from tinycea.params import Params, under
 
 torch = pytest.importorskip("torch")
+from tinycea.rival import CEA as FastCEA, NAFBlock, NAFNet  # noqa: E402  needs torch
 nn, F = torch.nn, torch.nn.functional
 torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
 
@@ -22,65 +23,15 @@ RTOL = {"output": 1e-9, "gradient": 1e-9, "loss": 1e-12, "optimizer": 1e-12}    
 EVERY_BACKEND = pytest.mark.parametrize("room", ("reference", "cpu"))
 
 
-# ---- the mathematics in PyTorch ----------------------------------------------------------------------------------------
+class Adapter(nn.Module):
+    """`torch_cea` as a module, its parameters under tinycea's names."""
 
-class LayerNorm2d(nn.Module):
-    def __init__(self, C):
+    def __init__(self, p, config):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+        self.p, self.config = p, config
 
     def forward(self, x):
-        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
-        return (x - mean) / (variance + 1e-6).sqrt() * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class NAFBlock(nn.Module):
-    def __init__(self, C):
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C), nn.Conv2d(C, C, 1)
-        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1))
-        self.conv4, self.conv5 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(C, C, 1)
-        self.norm1, self.norm2 = LayerNorm2d(C), LayerNorm2d(C)
-        self.beta, self.gamma = nn.Parameter(torch.zeros(1, C, 1, 1)), nn.Parameter(torch.zeros(1, C, 1, 1))
-
-    def forward(self, x):
-        u = gate(self.conv2(self.conv1(self.norm1(x))))
-        y = x + self.beta * self.conv3(u * self.sca(u))
-        return y + self.gamma * self.conv5(gate(self.conv4(self.norm2(y))))
-
-
-class NAFNet(nn.Module):
-    """NAFNet; `after(stage, features)` is called where tinycea has its adapter slots."""
-
-    def __init__(self, width, encoders, middle, decoders, unshuffle=1):
-        super().__init__()
-        levels, image = len(encoders), 3 * unshuffle**2
-        self.unshuffle = unshuffle
-        self.intro, self.ending = nn.Conv2d(image, width, 3, padding=1), nn.Conv2d(width, image, 3, padding=1)
-        stages = [nn.Sequential(*(NAFBlock(width * 2**i) for _ in range(n))) for i, n in enumerate(encoders)]
-        self.encoders = nn.ModuleList(stages)
-        self.downs = nn.ModuleList(nn.Conv2d(width * 2**i, width * 2**(i + 1), 2, 2) for i in range(levels))
-        self.middle_blks = nn.Sequential(*(NAFBlock(width * 2**levels) for _ in range(middle)))
-        widths = [width * 2**i for i in reversed(range(levels))]
-        self.ups = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * w, 4 * w, 1, bias=False), nn.PixelShuffle(2)) for w in widths)
-        self.decoders = nn.ModuleList(nn.Sequential(*(NAFBlock(w) for _ in range(n))) for w, n in zip(widths, decoders))
-
-    def forward(self, image, after=lambda stage, y: y):
-        H, W = image.shape[2:]
-        multiple = self.unshuffle * 2**len(self.encoders)
-        x = F.pixel_unshuffle(F.pad(image, (0, -W % multiple, 0, -H % multiple)), self.unshuffle)
-        y, skips = self.intro(x), []
-        for i, (encoder, down) in enumerate(zip(self.encoders, self.downs)):
-            skips.append(after(f"encoders.{i}", encoder(y)))
-            y = down(skips[-1])
-        y = after("middle_blks", self.middle_blks(y))
-        for i, (up, decoder, skip) in enumerate(zip(self.ups, self.decoders, reversed(skips))):
-            y = after(f"decoders.{i}", decoder(up(y) + skip))
-        return F.pixel_shuffle(self.ending(y) + x, self.unshuffle)[:, :, :H, :W]
-
-
-def gate(x):
-    return torch.mul(*x.chunk(2, 1))
+        return torch_cea(x, self.p, self.config)
 
 
 def torch_cea(x, p, config):
@@ -168,6 +119,15 @@ def test_cea_layer(room, config):
 
 
 @EVERY_BACKEND
+def test_the_layer_that_bench_races_against(room):
+    rng, config = np.random.default_rng(0), CEAConfig(rank=5, heads=3, probe_channels=12)
+    p = random_params(cea.shapes(6, config), rng)
+    theirs = FastCEA(p, config.heads)
+    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
+          theirs, {name.replace("norm_", "norm."): value for name, value in theirs.named_parameters()})
+
+
+@EVERY_BACKEND
 def test_nafblock(room):
     rng = np.random.default_rng(0)
     p, theirs = random_params(nafnet.block_shapes(6), rng), NAFBlock(6).double()
@@ -179,15 +139,11 @@ def network(config, size, room, seed=0):
     """A whole network, its adapters too, at random weights."""
     rng = np.random.default_rng(seed)
     p = random_params(nafnet.shapes(config), rng)
-    theirs = NAFNet(config.width, config.encoders, config.middle, config.decoders, config.unshuffle).double()
-    theirs.load_state_dict({name: tensor(value) for name, value in p.items() if not name.startswith("adapters.")}, strict=True)
     adapters = {name: tensor(value) for name, value in p.items() if name.startswith("adapters.")}
-
-    def after(stage, y):
-        mine = {name[len(f"adapters.{stage}."):]: value for name, value in adapters.items() if name.startswith(f"adapters.{stage}.")}
-        return torch_cea(y, mine, config.cea) if mine else y
+    theirs = NAFNet(config, {stage: Adapter(under(adapters, f"adapters.{stage}"), config.cea) for stage in config.adapted()}).double()
+    theirs.load_state_dict({name: tensor(value) for name, value in p.items() if name not in adapters}, strict=True)
     agree(room, rng.random((2, *size, 3)), p, (lambda x, p, ops: nafnet.nafnet(x, p, config, ops), nafnet.nafnet_backward),
-          lambda image: theirs(image, after), dict(theirs.named_parameters()) | adapters)
+          theirs, dict(theirs.named_parameters()) | adapters)
 
 
 NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, "none"), (13, 21)),
@@ -217,7 +173,7 @@ def test_network(room, name):
 def trained(config, seed=0):
     """A torch NAFNet with random weights, random beta, gamma and norms among them."""
     torch.manual_seed(seed)
-    theirs = NAFNet(config.width, config.encoders, config.middle, config.decoders).double()
+    theirs = NAFNet(replace(config, adapter="none")).double()
     for value in theirs.parameters():
         nn.init.normal_(value, std=0.3)
     return theirs

@@ -82,20 +82,18 @@ def cea(x, p, config, ops=cpu):
     B, H, W, C = x.shape
     X = x.reshape(B, H * W, C)
     Xhat, c_norm = ops.layernorm(X, p["norm.weight"], p["norm.bias"])
-    c_K = c_V = c_Z = c_A = c_U = None
+    c_Z = None
     if config.static != "AU":
-        K, c_K = ops.linear(Xhat, p["W_K"])
-        V, c_V = ops.linear(Xhat, p["W_V"])
-        Z, c_Z = ops.probe(p["Q"], K, V, config.heads)
+        Z, c_Z = ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], config.heads)
     A, c_A = _constant(p["A"], B) if "A" in config.static else ops.linear(Z, p["W_A"])
     U, c_U = _constant(p["U"], B) if "U" in config.static else ops.linear(Z, p["W_U"])
     Y, c_Y = _assemble(X, Xhat, A, U, config, ops)
-    return Y.reshape(x.shape), (c_norm, c_K, c_V, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops)
+    return Y.reshape(x.shape), (c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops)
 
 
 def cea_backward(dy, cache, g):
     """dx, and every parameter's gradient added into g (names as in p): the forward read from the bottom up."""
-    c_norm, c_K, c_V, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
+    c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
     dX, dXhat, dA, dU = _assemble_backward(dy.reshape(Xhat.shape), c_Y, config, ops)
 
     def through(name, dy, cache):
@@ -114,9 +112,11 @@ def cea_backward(dy, cache, g):
     else:
         dZ = dZ + through("W_A", dA, c_A)
     if config.static != "AU":
-        dQ, dK, dV = ops.probe_backward(dZ, c_Z)
+        dXhat_Z, dW_K, dW_V, dQ = ops.summarize_backward(dZ, c_Z)
+        g["W_K"] += dW_K
+        g["W_V"] += dW_V
         g["Q"] += dQ
-        dXhat = dXhat + through("W_V", dV, c_V) + through("W_K", dK, c_K)
+        dXhat = dXhat + dXhat_Z
     dX_norm, dweight, dbias = ops.layernorm_backward(dXhat, c_norm)
     g["norm.weight"] += dweight
     g["norm.bias"] += dbias
@@ -168,4 +168,4 @@ def anatomy(cache):
     """What one forward pass wrote, for plots: S (B,N,R), A and U (B,R,C), P (B,h,R,N) or None where nothing is probed."""
     *_, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
     S, _ = _affinities(Xhat, A, config, ops)
-    return {"S": S, "A": A, "U": U, "P": None if c_Z is None else c_Z[-1]}
+    return {"S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}

@@ -153,42 +153,32 @@ def from_dict(values):
 def nafblock(x, p, ops=cpu, keep=True):
     """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache."""
     caches, layer = _layers(keep)
-    u = layer("norm1", ops.layernorm(x, p["norm1.weight"], p["norm1.bias"]))
-    u = layer("conv1", ops.conv1x1(u, p["conv1.weight"], p["conv1.bias"]))
+    u = layer("conv1", ops.norm_conv1x1(x, p["norm1.weight"], p["norm1.bias"], p["conv1.weight"], p["conv1.bias"]))
     u = layer("conv2", ops.depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
     u = layer("sg1", ops.simple_gate(u))
     s = layer("pool", ops.global_average_pool(u))
     s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
     u = layer("sca", ops.scale_channels(u, s))
-    u = layer("conv3", ops.conv1x1(u, p["conv3.weight"], p["conv3.bias"]))
-    y = layer("beta", ops.scaled_residual(x, u, p["beta"]))
-    u = layer("norm2", ops.layernorm(y, p["norm2.weight"], p["norm2.bias"]))
-    u = layer("conv4", ops.conv1x1(u, p["conv4.weight"], p["conv4.bias"]))
+    y = x + layer("conv3", ops.scaled_conv1x1(u, p["conv3.weight"], p["conv3.bias"], p["beta"]))
+    u = layer("conv4", ops.norm_conv1x1(y, p["norm2.weight"], p["norm2.bias"], p["conv4.weight"], p["conv4.bias"]))
     u = layer("sg2", ops.simple_gate(u))
-    u = layer("conv5", ops.conv1x1(u, p["conv5.weight"], p["conv5.bias"]))
-    z = layer("gamma", ops.scaled_residual(y, u, p["gamma"]))
+    z = y + layer("conv5", ops.scaled_conv1x1(u, p["conv5.weight"], p["conv5.bias"], p["gamma"]))
     return z, (caches, ops)
 
 
 def nafblock_backward(dz, cache, g):
     """dx, and every parameter's gradient added into g: the forward read from the bottom up."""
     c, ops = cache
-    dy, du, dgamma = ops.scaled_residual_backward(dz, c["gamma"])
-    g["gamma"] += dgamma
-    du = _add(g, "conv5", ops.conv1x1_backward(du, c["conv5"]))
+    du = _add(g, ops.scaled_conv1x1_backward(dz, c["conv5"]), "conv5.weight", "conv5.bias", "gamma")
     du = ops.simple_gate_backward(du, c["sg2"])
-    du = _add(g, "conv4", ops.conv1x1_backward(du, c["conv4"]))
-    dy = dy + _add(g, "norm2", ops.layernorm_backward(du, c["norm2"]))
-    dx, du, dbeta = ops.scaled_residual_backward(dy, c["beta"])
-    g["beta"] += dbeta
-    du = _add(g, "conv3", ops.conv1x1_backward(du, c["conv3"]))
+    dy = dz + _add(g, ops.norm_conv1x1_backward(du, c["conv4"]), "norm2.weight", "norm2.bias", "conv4.weight", "conv4.bias")
+    du = _add(g, ops.scaled_conv1x1_backward(dy, c["conv3"]), "conv3.weight", "conv3.bias", "beta")
     du, ds = ops.scale_channels_backward(du, c["sca"])
-    ds = _add(g, "sca.1", ops.conv1x1_backward(ds, c["sca.1"]))
+    ds = _add(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
     du = du + ops.global_average_pool_backward(ds, c["pool"])
     du = ops.simple_gate_backward(du, c["sg1"])
-    du = _add(g, "conv2", ops.depthwise3x3_backward(du, c["conv2"]))
-    du = _add(g, "conv1", ops.conv1x1_backward(du, c["conv1"]))
-    return dx + _add(g, "norm1", ops.layernorm_backward(du, c["norm1"]))
+    du = _add(g, ops.depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
+    return dy + _add(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
 
 
 def _layers(keep):
@@ -203,12 +193,11 @@ def _layers(keep):
     return caches, layer
 
 
-def _add(g, name, gradients):
-    """Add an op's weight and bias gradients into g, hand its input's gradient on."""
-    dx, dweight, dbias = gradients
-    g[f"{name}.weight"] += dweight
-    if dbias is not None:
-        g[f"{name}.bias"] += dbias
+def _add(g, gradients, *names):
+    """Add an op's parameter gradients into g under their names, hand its input's gradient on."""
+    dx, *rest = gradients
+    for name, gradient in zip(names, rest):
+        g[name] += gradient
     return dx
 
 
@@ -244,18 +233,18 @@ def nafnet_backward(dy, cache, g):
     caches, config, ops = cache
     H, W = dy.shape[1:3]
     dx = ops.pixel_shuffle_backward(_pad(dy, config), caches["shuffle"])
-    dy = _add(g, "ending", ops.conv3x3_backward(dx, caches["ending"]))
+    dy = _add(g, ops.conv3x3_backward(dx, caches["ending"]), "ending.weight", "ending.bias")
     dskips = []
     for i in reversed(range(len(config.decoders))):
         dy = _stage_backward(dy, caches[f"decoders.{i}"], g, f"decoders.{i}")
         dskips.append(dy)
         dy = ops.pixel_shuffle_backward(dy, caches[f"ups.{i}.1"])
-        dy = _add(g, f"ups.{i}.0", ops.conv1x1_backward(dy, caches[f"ups.{i}.0"]))
+        dy = _add(g, ops.conv1x1_backward(dy, caches[f"ups.{i}.0"]), f"ups.{i}.0.weight")
     dy = _stage_backward(dy, caches["middle_blks"], g, "middle_blks")
     for i in reversed(range(len(config.encoders))):
-        dy = _add(g, f"downs.{i}", ops.down2x2_backward(dy, caches[f"downs.{i}"])) + dskips.pop()
+        dy = dskips.pop() + _add(g, ops.down2x2_backward(dy, caches[f"downs.{i}"]), f"downs.{i}.weight", f"downs.{i}.bias")
         dy = _stage_backward(dy, caches[f"encoders.{i}"], g, f"encoders.{i}")
-    dx = dx + _add(g, "intro", ops.conv3x3_backward(dy, caches["intro"]))
+    dx = dx + _add(g, ops.conv3x3_backward(dy, caches["intro"]), "intro.weight", "intro.bias")
     return ops.pixel_unshuffle_backward(dx, caches["unshuffle"])[:, :H, :W]
 
 

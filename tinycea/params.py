@@ -50,7 +50,8 @@ def _rebuilt(shapes, flat):
 
 def under(p, prefix):
     """The part of a mapping below `prefix`, names shortened: under(p, "middle_blks.0")["conv1.weight"]. Views, not copies."""
-    return {name[len(prefix) + 1:]: value for name, value in p.items() if name.startswith(prefix + ".")}
+    prefix += "."
+    return {name[len(prefix):]: value for name, value in p.items() if name.startswith(prefix)}
 
 
 def save(path, tensors, **metadata):

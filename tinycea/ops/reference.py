@@ -58,6 +58,20 @@ def layernorm_backward(dy, cache):
     return dx, (dy * xhat).sum(over), dy.sum(over)
 
 
+def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
+    """A 1 x 1 convolution of the normalized x: `layernorm`, then `conv1x1`. x (B,H,W,I) -> (B,H,W,O)."""
+    u, c_norm = layernorm(x, norm_weight, norm_bias)
+    y, c_conv = conv1x1(u, weight, bias)
+    return y, (c_norm, c_conv)
+
+
+def norm_conv1x1_backward(dy, cache):
+    """The two backwards in turn."""
+    c_norm, c_conv = cache
+    du, dweight, dbias = conv1x1_backward(dy, c_conv)
+    return *layernorm_backward(du, c_norm), dweight, dbias
+
+
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 def _pad1(x):
@@ -178,16 +192,19 @@ def scale_channels_backward(dy, cache):
     return dy * scale, (dy * x).sum((1, 2), keepdims=True)
 
 
-def scaled_residual(x, update, scale):
-    """y = x + s u, one learned factor per channel (NAFNet's beta and gamma). x, update (B,H,W,C), scale (1,C,1,1) as PyTorch's."""
+def scaled_conv1x1(x, weight, bias, scale):
+    """y = s (W x + b) = (s W) x + s b, one learned factor per channel (NAFNet's beta and gamma). scale (1,O,1,1) as PyTorch's."""
     s = scale.reshape(-1)
-    return x + update * s, (update, s)
+    y, cache = conv1x1(x, weight * s[:, None, None, None], bias * s)
+    return y, (cache, weight, bias, s)
 
 
-def scaled_residual_backward(dy, cache):
-    """dx = dy, du = dy s, ds = sum of dy u over all but channels."""
-    update, s = cache
-    return dy, dy * s, (dy * update).sum((0, 1, 2)).reshape(1, -1, 1, 1)
+def scaled_conv1x1_backward(dy, cache):
+    """With the gradients of s W and s b: dW and db are these times s, ds their products with W and b, summed per channel."""
+    cache, weight, bias, s = cache
+    dx, dsW, dsb = conv1x1_backward(dy, cache)
+    ds = (dsW * weight).sum((1, 2, 3)) + dsb * bias
+    return dx, dsW * s[:, None, None, None], dsb * s, ds.reshape(1, -1, 1, 1)
 
 
 # ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
@@ -229,28 +246,50 @@ def probe_backward(dZ, cache):
             dv.transpose(0, 2, 1, 3).reshape(B, N, h * d))
 
 
+def summarize(xhat, W_K, W_V, Q, heads):
+    """What R rank queries see of the tokens: K = xhat W_K, V = xhat W_V, Z = `probe`(Q, K, V). xhat (B,N,C), W (C,D), Q (R,D) -> Z (B,R,D)."""
+    K, c_K = linear(xhat, W_K)
+    V, c_V = linear(xhat, W_V)
+    Z, c_Z = probe(Q, K, V, heads)
+    return Z, (c_K, c_V, c_Z)
+
+
+def summarize_backward(dZ, cache):
+    """Through the probe, then both maps: xhat fed K and V, so its gradients add."""
+    c_K, c_V, c_Z = cache
+    dQ, dK, dV = probe_backward(dZ, c_Z)
+    dxhat_V, dW_V, _ = linear_backward(dV, c_V)
+    dxhat_K, dW_K, _ = linear_backward(dK, c_K)
+    return dxhat_V + dxhat_K, dW_K, dW_V, dQ
+
+
+def attention(cache):
+    """P (B,h,R,N), what `summarize` weighted the tokens with."""
+    return cache[-1][-1]
+
+
 def affinity(xhat, A):
     """Signed affinities S = xhat A^T / sqrt(C): no softmax, no top-k. xhat (B,N,C), A (B,R,C) -> S (B,N,R)."""
-    return xhat @ A.swapaxes(-1, -2) * A.shape[-1]**-0.5, (xhat, A)
+    A = A * A.shape[-1]**-0.5
+    return xhat @ A.swapaxes(-1, -2), (xhat, A)
 
 
 def affinity_backward(dS, cache):
     """dxhat = dS A / sqrt(C), dA = dS^T xhat / sqrt(C)."""
-    xhat, A = cache
-    dS = dS * A.shape[-1]**-0.5
-    return dS @ A, dS.swapaxes(-1, -2) @ xhat
+    xhat, A = cache                                                             # this A is A / sqrt(C)
+    return dS @ A, dS.swapaxes(-1, -2) @ xhat * A.shape[-1]**-0.5
 
 
 def combine(x, S, U):
     """Y = X + S U / sqrt(R): each token adds up its own residual. x (B,N,C), S (B,N,R), U (B,R,C)."""
-    return x + S @ U * U.shape[-2]**-0.5, (S, U)
+    U = U * U.shape[-2]**-0.5
+    return x + S @ U, (S, U)
 
 
 def combine_backward(dY, cache):
     """dx = dY, dS = dY U^T / sqrt(R), dU = S^T dY / sqrt(R)."""
-    S, U = cache
-    scale = U.shape[-2]**-0.5
-    return dY, dY @ U.swapaxes(-1, -2) * scale, S.swapaxes(-1, -2) @ dY * scale
+    S, U = cache                                                                # this U is U / sqrt(R)
+    return dY, dY @ U.swapaxes(-1, -2), S.swapaxes(-1, -2) @ dY * U.shape[-2]**-0.5
 
 
 def fast_weight(x, xhat, A, U):
