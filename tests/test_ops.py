@@ -129,6 +129,10 @@ def loop_probe(Q, K, V, heads):
     return Z
 
 
+def loop_attended_conv1x1(x, attention, weight, bias, scale):
+    return loop_scaled_conv1x1(loop_scale_channels(x, attention), weight, bias, scale)
+
+
 def loop_summarize(xhat, W_K, W_V, Q, heads):
     return loop_probe(Q, loop_linear(xhat, W_K), loop_linear(xhat, W_V), heads)
 
@@ -180,6 +184,7 @@ OPS = [("linear", (), dict(x=TOKENS, weight="C O", bias="O")),
        ("layernorm", (), dict(x=IMAGE, weight="C", bias="C")),
        ("norm_conv1x1", (), dict(x=IMAGE, norm_weight="C", norm_bias="C", weight="O C 1 1", bias="O")),
        ("scaled_conv1x1", (), dict(x=IMAGE, weight="O C 1 1", bias="O", scale="1 O 1 1")),
+       ("attended_conv1x1", (), dict(x=IMAGE, attention="B 1 1 C", weight="O C 1 1", bias="O", scale="1 O 1 1")),
        ("conv3x3", (), dict(x=IMAGE, weight="O C 3 3", bias="O")),
        ("depthwise3x3", (), dict(x=IMAGE, weight="C 1 3 3", bias="C")),
        ("down2x2", (), dict(x="B 2H 2W C", weight="O C 2 2", bias="O")),

@@ -15,7 +15,7 @@ from tinycea.ops import backend
 from tinycea.params import Params, under
 
 torch = pytest.importorskip("torch")
-from tinycea.rival import CEA as FastCEA, NAFBlock, NAFNet  # noqa: E402  needs torch
+from tinycea.rival import CEA as FastCEA, NAFBlock, NAFNet, named  # noqa: E402  needs torch
 nn, F = torch.nn, torch.nn.functional
 torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
 
@@ -124,7 +124,7 @@ def test_the_layer_that_bench_races_against(room):
     p = random_params(cea.shapes(6, config), rng)
     theirs = FastCEA(p, config.heads)
     agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
-          theirs, {name.replace("norm_", "norm."): value for name, value in theirs.named_parameters()})
+          theirs, named(theirs))
 
 
 @EVERY_BACKEND

@@ -2,15 +2,19 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tinycea import train as job
+from tinycea import feed, train as job
 from tinycea.degrade import suite
 from tinycea.errors import InputError
 from tinycea.nafnet import by_adapter, init, load_model
@@ -29,14 +33,15 @@ def quick(monkeypatch):
 
 
 def interrupt_at(monkeypatch, step):
-    """Ctrl-C arrives while the batch of `step` is being made."""
-    whole = job.batch
+    """Ctrl-C arrives while step number `step` (from 1) of this session is computed."""
+    steps, whole = [], job.gradient
 
-    def batch(recipe, scenes, entries, at):
-        if at == step:
+    def gradient(*arguments):
+        steps.append(0)
+        if len(steps) == step:
             signal.raise_signal(signal.SIGINT)
-        return whole(recipe, scenes, entries, at)
-    monkeypatch.setattr(job, "batch", batch)
+        return whole(*arguments)
+    monkeypatch.setattr(job, "gradient", gradient)
 
 
 def log(folder):
@@ -90,14 +95,58 @@ def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    scenes, entries = (job.leaves_of(TINY), job.photographs_of(TINY)), suite("aio5+patchwork")
-    first = [job.batch(TINY, scenes, entries, step) for step in range(3)]
-    again = [job.batch(TINY, scenes, entries, step) for step in (2, 1, 0)][::-1]
+    scenes, entries = (feed.leaves_of(TINY), feed.photographs_of(TINY)), suite("aio5+patchwork")
+    first = [feed.batch(TINY, scenes, entries, step) for step in range(3)]
+    again = [feed.batch(TINY, scenes, entries, step) for step in (2, 1, 0)][::-1]
     for a, b in zip(first, again):
         np.testing.assert_array_equal(a, b)
     degraded, clean = first[0]
     assert degraded.shape == clean.shape == (2, 16, 16, 3) and degraded.dtype == clean.dtype == np.float32
     assert not np.array_equal(first[0][1], first[1][1])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_feeds_the_same_bytes(workers):
+    scenes, entries = (feed.leaves_of(TINY), feed.photographs_of(TINY)), suite(TINY.suite)
+    with feed.feed(TINY, 2, workers) as following:
+        fed = [following() for _ in range(2, TINY.steps)]
+    for step, right in enumerate(fed, 2):
+        np.testing.assert_array_equal(right, feed.batch(TINY, scenes, entries, step))
+
+
+def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="no readable image"):
+        job.train(replace(TINY, images=str(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with feed.feed(TINY) as following, pytest.raises(InputError, match="has died"):
+        multiprocessing.active_children()[0].kill()
+        following()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_worker_leaves_when_its_trainer_is_killed(tmp_path):
+    code = f"""
+import multiprocessing, time
+from tinycea.feed import feed
+from tinycea.train import Recipe
+if __name__ == "__main__":
+    with feed(Recipe(scenes=1, batch=2, patch=16)) as following:
+        following()
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        time.sleep(60)
+"""
+    (tmp_path / "trainer.py").write_text(code)
+    trainer = subprocess.Popen([sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE)
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().rsplit(")")[1][:3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_training_lowers_the_loss(tmp_path):

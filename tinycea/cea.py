@@ -116,11 +116,12 @@ def cea_backward(dy, cache, g):
         g["W_K"] += dW_K
         g["W_V"] += dW_V
         g["Q"] += dQ
-        dXhat = dXhat + dXhat_Z
+        dXhat += dXhat_Z
     dX_norm, dweight, dbias = ops.layernorm_backward(dXhat, c_norm)
+    dX_norm += dX
     g["norm.weight"] += dweight
     g["norm.bias"] += dbias
-    return (dX + dX_norm).reshape(dy.shape)
+    return dX_norm.reshape(dy.shape)
 
 
 def _constant(value, B):

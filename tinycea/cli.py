@@ -1,4 +1,4 @@
-"""The command `tinycea`: train, restore, degrade, demo, gradcheck. Bad input ends in one sentence and exit status 2."""
+"""The command `tinycea`: train, restore, degrade, demo, gradcheck, bench. Bad input ends in one sentence and exit status 2."""
 import argparse
 import json
 import os
@@ -27,7 +27,7 @@ def parser():
     path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     top.add_argument("--version", action="version", version=f"tinycea {__version__}")
-    commands = top.add_subparsers(required=True, metavar="train|restore|degrade|demo|gradcheck")
+    commands = top.add_subparsers(required=True, metavar="train|restore|degrade|demo|gradcheck|bench")
 
     def command(run, description):
         sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
@@ -65,6 +65,10 @@ def parser():
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--backend", default="cpu", help="cpu or reference (default cpu)")
     sub.add_argument("--seed", type=natural, default=0, help="of inputs and directions (default 0)")
+
+    sub = command(bench, "race against the same network in PyTorch, where that is installed (about ten minutes)")
+    sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
+    sub.add_argument("--quick", action="store_true", help="a few rows and rounds, in about a minute")
     return top
 
 
@@ -106,7 +110,7 @@ def train(args):
     result = job.train(recipe, out, args.resume)
     print(format_table(result["rows"]))
     print(f"held-out photographs, {result['parameters']} parameters, {result['seconds']:.0f} s of training, "
-          f"peak memory {result['peak_memory_mb']} MB; pictures and weights in {out}")
+          f"peak memory {result['peak_memory_mb']} MB and {result['peak_memory_mb_of_data_process']} MB for data; pictures and weights in {out}")
     return 0
 
 
@@ -156,6 +160,24 @@ def gradcheck(args):
         seconds = time.perf_counter() - start
         print(f"{len(rows) - failed} of {len(rows)} passed in {seconds:.1f} s, backend {args.backend}, seed {args.seed}")
     return 1 if failed else 0
+
+
+def bench(args):
+    from datetime import date
+    from importlib.metadata import version
+
+    from .bench import HEADER, bench as rows, format_row
+    from .train import machine
+    if args.json:
+        print(json.dumps(list(rows(args.quick)), indent=1))
+        return 0
+    print(HEADER)
+    versions = {"numpy"}
+    for row in rows(args.quick):
+        versions |= {"torch"} if "PyTorch" in row["rival"] and row["ratio"] else set()
+        print(format_row(row), flush=True)
+    print(f"{machine()}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")
+    return 0
 
 
 def main(argv=None):

@@ -144,6 +144,7 @@ def cases(ops, seed=0):
     yield op("simple_gate", {"x": n(2, 3, 5, 4)})
     yield op("global_average_pool", {"x": n(2, 3, 5, 4)})
     yield op("scale_channels", {"x": n(2, 3, 5, 4), "scale": n(2, 1, 1, 4)})
+    yield op("attended_conv1x1", {"x": n(2, 3, 5, 4), "attention": n(2, 1, 1, 4), "weight": n(7, 4, 1, 1), "bias": n(7), "scale": n(1, 7, 1, 1)})
     yield op("probe", {"Q": n(3, 20), "K": n(2, 7, 20), "V": n(2, 7, 20)}, 4)
     yield op("summarize", {"xhat": n(2, 7, 6), "W_K": n(6, 20), "W_V": n(6, 20), "Q": n(3, 20)}, 4)
     yield op("affinity", {"xhat": n(2, 7, 5), "A": n(2, 3, 5)})

@@ -89,3 +89,8 @@ class NAFNet(nn.Module):
     def adapt(self, stage, y):
         stage = stage.replace(".", "/")
         return self.adapters[stage](y) if stage in self.adapters else y
+
+
+def named(module):
+    """The parameters of any of these modules under tinycea's names."""
+    return {name.replace("/", ".").replace("norm_", "norm."): value for name, value in module.named_parameters()}

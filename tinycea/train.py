@@ -6,10 +6,10 @@ import csv
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,18 +19,18 @@ import numpy as np
 from tqdm import tqdm
 
 from . import __version__, plots
-from .degrade import degrade, patchwork, suite
+from .degrade import patchwork, suite
 from .errors import InputError, atomic
+from .feed import INIT, feed, pair
 from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
 from .ops.cpu import keep_memory
 from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
 from .params import copy_into, load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
-from .scenes import PHOTOGRAPHS, Scene, crop, dead_leaves, folder, photographs, pyramid
+from .scenes import PHOTOGRAPHS, Scene, photographs
 
 EVERY = 100                                   # steps between two looks at the held-out patches
-LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones are used at half, a quarter, ...
 SAVE_SECONDS = 30                             # between two states written for --resume
 FILES = ("config.json", "log.csv", "state.safetensors", "model.safetensors", "curve.png", "before_after.png", "routing.png",
          "result.json")                       # of a run folder; the state goes when the result has come
@@ -56,38 +56,7 @@ class Recipe:
     clip: float = 1.0
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-def photographs_of(recipe):
-    """Scenes of the photographs to train on, at all sizes up to LARGEST: the user's folder, or scikit-image's training split."""
-    scenes = []
-    for _, image in folder(recipe.images) if recipe.images else photographs("train").items():
-        levels = pyramid(Scene(image), recipe.patch)
-        scenes += [level for level in levels if max(level.image.shape) <= LARGEST] or levels[-1:]
-    return scenes
-
-
-def leaves_of(recipe):
-    """The dead-leaves Scenes to train on, at all sizes: a patch must show part of a scene, or nearly all of it as in use."""
-    return [level for i in tqdm(range(recipe.scenes), desc="dead leaves", leave=False, disable=None)
-            for level in pyramid(dead_leaves(256, np.random.default_rng([recipe.seed, i])), recipe.patch)]
-
-
-def pair(scene, entry, size, rng):
-    """(degraded, clean) patches (size,size,3) of a random crop."""
-    scene = crop(scene, size, rng)
-    return degrade(scene, entry, rng), scene.image
-
-
-def batch(recipe, scenes, entries, step):
-    """Degraded and clean patches (B,P,P,3) of one step, half from dead leaves and half from photographs."""
-    rng = np.random.default_rng([recipe.seed, recipe.scenes + step])
-    pairs = []
-    for i in range(recipe.batch):
-        kind = scenes[i % 2]                  # dead leaves, photographs
-        pairs.append(pair(kind[rng.integers(len(kind))], entries[rng.integers(len(entries))], recipe.patch, rng))
-    return [np.stack(images) for images in zip(*pairs)]
-
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 def held_out_patches(entries, size=96):
     """Degraded and clean patches (B,96,96,3) of the validation photographs, two per entry of the suite, always the same."""
@@ -95,8 +64,6 @@ def held_out_patches(entries, size=96):
              for i, image in enumerate(photographs("validation").values()) for j, entry in enumerate(entries)]
     return [np.stack(images) for images in zip(*pairs)]
 
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
 
 def gradient(degraded, clean, p, config, ops, g):
     """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
@@ -116,15 +83,15 @@ def mean_psnr(degraded, clean, p, config, ops):
 
 def steps_in(minutes, recipe):
     """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
-    scenes = leaves_of(replace(recipe, scenes=1)), photographs_of(recipe)
-    config, ops, entries = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite)
+    config, ops = by_adapter(recipe.adapter), backend(recipe.backend)
     p = init(config, np.random.default_rng(0))
-    g = p.zeros_like()
-    seconds = []
-    for step in range(10):
-        start = time.perf_counter()
-        gradient(*batch(recipe, scenes, entries, step), p, config, ops, g)
-        seconds.append(time.perf_counter() - start)
+    g, seconds = p.zeros_like(), []
+    with feed(replace(recipe, scenes=1, steps=11)) as following:
+        following()                           # the first one waits for its scenes
+        for _ in range(10):
+            start = time.perf_counter()
+            gradient(*following(), p, config, ops, g)
+            seconds.append(time.perf_counter() - start)
     return max(1, round(60 * minutes / float(np.median(seconds))))
 
 
@@ -144,21 +111,20 @@ def resumable(out, typed):
     return recipe
 
 
-def train(recipe, out, resume=False):
+def train(recipe, out, resume=False, workers=1):
     """Train by the recipe into the run folder `out` -> the dict of result.json.
 
     Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
+    workers: processes that make the batches; their number changes nothing but the time.
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     config, ops, entries, out = by_adapter(recipe.adapter), backend(recipe.backend), suite(recipe.suite), Path(out)
     keep_memory()
     if not resume and any((out / name).exists() for name in FILES):
         raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
-    photos = photographs_of(recipe)
-    make_folder(out)
-    scenes, validation = (leaves_of(recipe), photos), held_out_patches(entries)
+    validation = held_out_patches(entries)
 
-    p = init(config, np.random.default_rng(recipe.seed))
+    p = init(config, np.random.default_rng([recipe.seed, INIT]))
     g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
     decay, rates = recipe.decay * decay_mask(p), p.zeros_like()
     for name, value in rates.items():
@@ -176,47 +142,51 @@ def train(recipe, out, resume=False):
         save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v, "log": log}, step=done, seconds=seconds)
         write_log(out / "log.csv", rows)
 
-    with interruptible() as interrupted, ThreadPoolExecutor(1) as worker, \
-            tqdm(total=recipe.steps, initial=done, desc="training", unit="step", disable=None) as bar:
-        start, saved = time.perf_counter() - seconds, time.perf_counter()
-        coming = worker.submit(batch, recipe, scenes, entries, done)
-        while done < recipe.steps and not interrupted():
-            degraded, clean = coming.result()
-            coming = worker.submit(batch, recipe, scenes, entries, done + 1)        # made while this step is computed
-            loss = gradient(degraded, clean, p, config, ops, g)
-            norm = clip_by_norm(g.flat, recipe.clip)
-            if not np.isfinite(loss + norm):
-                raise InputError(f"training diverged at step {done + 1}: the loss is {loss}, the gradient's norm {norm}")
-            done += 1
-            rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
-            adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
-            psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else np.nan
-            seconds = time.perf_counter() - start
-            rows.append((done, rate, loss, norm, psnr, seconds))
-            if not np.isnan(psnr):
-                recent = np.mean([row[2] for row in rows[-EVERY:]])
-                bar.set_postfix_str(f"loss {recent:.2f} dB, held-out PSNR {psnr:.2f} dB")
-            bar.update()
-            if time.perf_counter() - saved > SAVE_SECONDS:
-                save_state()
-                saved = time.perf_counter()
+    with feed(recipe, done, workers) as following:
+        coming = following() if done < recipe.steps else None     # photographs that cannot be read leave no run folder
+        make_folder(out)
+        start, saved, waited = time.perf_counter() - seconds, time.perf_counter(), 0.0
+        with interruptible() as interrupted, \
+                tqdm(total=recipe.steps, initial=done, desc="training", unit="step", disable=None) as bar:
+            while done < recipe.steps and not interrupted():
+                loss = gradient(*coming, p, config, ops, g)
+                norm = clip_by_norm(g.flat, recipe.clip)
+                if not np.isfinite(loss + norm):
+                    raise InputError(f"training diverged at step {done + 1}: the loss is {loss}, the gradient's norm {norm}")
+                done += 1
+                rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
+                adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
+                psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else np.nan
+                seconds = time.perf_counter() - start
+                rows.append((done, rate, loss, norm, psnr, seconds))
+                if not np.isnan(psnr):
+                    recent = np.mean([row[2] for row in rows[-EVERY:]])
+                    bar.set_postfix_str(f"loss {recent:.2f} dB, held-out PSNR {psnr:.2f} dB")
+                bar.update()
+                if time.perf_counter() - saved > SAVE_SECONDS:
+                    save_state()
+                    saved = time.perf_counter()
+                if done < recipe.steps:
+                    asked = time.perf_counter()
+                    coming = following()
+                    waited += time.perf_counter() - asked
     save_state()
     try:
         if done < recipe.steps:
             raise KeyboardInterrupt
-        return finish(recipe, config, p, ops, entries, rows, seconds, out)
+        return finish(recipe, config, p, ops, entries, rows, seconds, waited, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after step {done} of {recipe.steps}; `tinycea train --resume --out {out}` goes on") from None
 
 
-def finish(recipe, config, p, ops, entries, rows, seconds, out):
+def finish(recipe, config, p, ops, entries, rows, seconds, waited, out):
     """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
     photos = len(PHOTOGRAPHS["test"])
     results = list(tqdm(held_out(entries, p, config, ops), total=photos * len(entries), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
-              "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(),
-              "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-              "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
+              "seconds": round(seconds, 1), "seconds_waiting_for_data": round(waited, 1), "peak_memory_mb": peak_memory(),
+              "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
+              "machine": machine(), "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
     save_model(out / "model.safetensors", p, config, table=result["rows"])
     plots.curve(rows, out / "curve.png")
     plots.before_after([next(r for r in results if r["photograph"] == photo and r["entry"] == entries[i % len(entries)])
@@ -238,13 +208,22 @@ def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
     return degraded, mask, names, anatomy["S"].reshape(h, w, -1), config.cea.affinity, stage
 
 
-def peak_memory():
-    """The process's peak resident memory in MB, or None where the system does not tell."""
+def machine():
+    """The processor, its cores and the system, as far as the system tells."""
+    try:
+        model = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):              # not Linux, or a processor without a name there
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def peak_memory(whose="RUSAGE_SELF"):
+    """Peak resident memory in MB of this process, or of the largest that it has started; None where the system does not tell."""
     try:
         import resource
     except ImportError:                       # Windows
         return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    return round(resource.getrusage(getattr(resource, whose)).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 @contextmanager

@@ -207,6 +207,20 @@ def scaled_conv1x1_backward(dy, cache):
     return dx, dsW * s[:, None, None, None], dsb * s, ds.reshape(1, -1, 1, 1)
 
 
+def attended_conv1x1(x, attention, weight, bias, scale):
+    """y = s (W (a x) + b): NAFNet's SCA, conv3 and beta: `scale_channels`, then `scaled_conv1x1`. attention (B,1,1,I)."""
+    u, c_attention = scale_channels(x, attention)
+    y, c_conv = scaled_conv1x1(u, weight, bias, scale)
+    return y, (c_attention, c_conv)
+
+
+def attended_conv1x1_backward(dy, cache):
+    """The two backwards in turn."""
+    c_attention, c_conv = cache
+    du, *rest = scaled_conv1x1_backward(dy, c_conv)
+    return *scale_channels_backward(du, c_attention), *rest
+
+
 # ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
 
 def probe(Q, K, V, heads):
@@ -316,7 +330,11 @@ def assembly(x, xhat, A, U):
     Tokens first (`affinity`, `combine`) takes 2 N R C multiply-adds, the fast weight first R C^2 + N C^2.
     """
     N, (R, C) = x.shape[-2], A.shape[-2:]
-    if R * C * C + N * C * C < 2 * N * R * C:
+    return _assembly(x, xhat, A, U, R * C * C + N * C * C < 2 * N * R * C)
+
+
+def _assembly(x, xhat, A, U, fast):
+    if fast:
         Y, cache = fast_weight(x, xhat, A, U)
         return Y, ("fast weight first", cache)
     S, c_S = affinity(xhat, A)

@@ -1,0 +1,312 @@
+"""tinycea against the same network in PyTorch (`rival`): time, peak memory, growth with the image, cold start.
+
+Each side lives in a process of its own and both are run in turn, so that a slow moment of the machine strikes both; what is
+compared is first shown to give the same outputs and gradients. tinycea computes on one thread; PyTorch gets one thread, then all cores.
+"""
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+from tqdm import tqdm
+
+from . import cea
+from .errors import InputError
+from .nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
+from .ops import cpu
+from .optim import adamw, clip_by_norm
+from .params import Params, under
+from .train import gradient, peak_memory
+
+LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
+JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
+        + [("NAFBlock forward+backward", (8, 64, 64, 32)), ("training step", (8, 48)), ("training step", (8, 96)),
+           ("inference", (1, 256)), ("inference", (1, 512)), ("inference", (1, 1024))])
+PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
+GROWTH = [64, 128, 256, 512, 1024]
+QUICK = {"JOBS": [JOBS[3], JOBS[6], JOBS[7], JOBS[9]], "PEAKS": PEAKS[:1], "GROWTH": GROWTH[:3]}
+TOLERANCE = 1e-3                              # largest difference over largest value: float32 through a whole network and back
+TURN = 0.05                                   # seconds that a side runs before it is the other's turn
+LR, DECAY, CLIP = 1e-4, 1e-4, 1.0
+
+
+# ---- the two sides: (kind, size) -> a function that runs the job once ------------------------------------
+
+def material(kind, size):
+    """Configuration, parameters, input and target (or upstream gradient) of a job: the same for both sides, (B,H,W,C)."""
+    rng = np.random.default_rng(0)
+    if kind.startswith("CEA"):
+        N, C, R = size
+        config, shape = cea.CEAConfig(rank=R), (1, int(N**0.5), int(N**0.5), C)
+        p = Params(cea.shapes(C, config))
+        cea.init(p, rng)
+        p["W_U"] = rng.normal(0, C**-0.5, p["W_U"].shape)                       # zero at initialization
+    elif kind.startswith("NAFBlock"):
+        config, shape = None, size
+        p = Params(block_shapes(size[-1]))
+        p.flat[:] = rng.normal(0, size[-1]**-0.5, p.flat.size)
+    else:
+        config, shape = NAFNetConfig(), (size[0], size[1], size[1], 3)
+        p = init(config, rng)
+        p.flat[:] += rng.normal(0, 0.05, p.flat.size)                           # beta, gamma and W_U are zero at initialization
+        return config, p, *(rng.random(shape, np.float32) for _ in range(2))
+    return config, p, *(rng.normal(size=shape).astype(np.float32) for _ in range(2))
+
+
+def ours(kind, size):
+    """The job in tinycea; it returns the arrays to compare."""
+    cpu.keep_memory()
+    config, p, x, target = material(kind, size)
+    g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
+
+    def forward():
+        return cea.cea(x, p, config) if config else nafblock(x, p)
+
+    def both():
+        g.flat[:] = 0
+        y, cache = forward()
+        dx = (cea.cea_backward if config else nafblock_backward)(target, cache, g)
+        return y, dx, g.flat
+
+    def step():
+        loss = gradient(x, target, p, config, cpu, g)
+        clip_by_norm(g.flat, CLIP)
+        adamw(p.flat, g.flat, m, v, 1, LR, DECAY)
+        return loss, g.flat
+    return {"inference": lambda: (centered(x, p, config, keep=False)[0],), "training step": step,
+            "CEA forward": lambda: forward()[:1]}.get(kind, both)
+
+
+def theirs(kind, size, layout, threads):
+    """The job in PyTorch eager, and a function that makes arrays like `ours` of what it returned."""
+    import torch
+
+    from . import rival
+    torch.set_num_threads(threads)
+    layout = getattr(torch, {"NCHW": "contiguous_format"}.get(layout, layout))
+    config, p, *arrays = material(kind, size)
+    if kind.startswith("CEA"):
+        net = rival.CEA(p, config.heads)
+    elif kind.startswith("NAFBlock"):
+        net = rival.NAFBlock(size[-1])
+    else:
+        net = rival.NAFNet(config, {stage: rival.CEA(under(p, f"adapters.{stage}"), config.cea.heads) for stage in config.adapted()})
+    net, parameters = net.to(memory_format=layout), rival.named(net)
+    with torch.no_grad():
+        for name, value in p.items():
+            parameters[name].copy_(torch.as_tensor(value))
+    x, target = (torch.as_tensor(a).permute(0, 3, 1, 2).contiguous(memory_format=layout) for a in arrays)
+    optimizer = torch.optim.AdamW(net.parameters(), LR, (0.9, 0.99), weight_decay=DECAY, fused=True)
+
+    @torch.no_grad()
+    def forward():
+        return (net(x) if kind.startswith("CEA") else (net(2 * x - 1) + 1) / 2,)
+
+    def both():
+        net.zero_grad()
+        x.requires_grad, x.grad = True, None
+        y = net(x)
+        y.backward(target)
+        return y, x.grad
+
+    def step():
+        net.zero_grad()
+        mse = ((net(2 * x - 1) + 1) / 2 - target).square().mean((1, 2, 3))
+        loss = 10 * torch.log10(mse + 1e-8).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        optimizer.step()
+        return (loss,)
+
+    def answers(images):
+        gradients = [parameters[name].grad.reshape(-1) for name in p if parameters[name].grad is not None]
+        images = [y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach() for y in images]
+        return images + ([torch.cat(gradients)] if gradients else [])
+    return {"inference": forward, "training step": step, "CEA forward": forward}.get(kind, both), answers
+
+
+# ---- processes --------------------------------------------------------------------------------------------------------
+
+def serve(connection, layout=None, threads=1):
+    """One side's process: prepares the job it is sent and runs it when asked, until None comes."""
+    while (message := connection.recv()) is not None:
+        task, *job = message
+        if task == "prepare":
+            run, answers = theirs(*job, layout, threads) if layout else (ours(*job), list)
+            connection.send([np.array(answer) for answer in answers(run())])
+        elif task == "time":
+            run()                             # untimed: brings its data back into the caches
+            runs, start = 0, time.perf_counter()
+            while not runs or time.perf_counter() - start < TURN:
+                run()
+                runs += 1
+            connection.send((time.perf_counter() - start) / runs)
+        elif task == "peak memory":
+            connection.send(peak_memory())
+        elif task == "peak of arrays":
+            tracemalloc.start()
+            run()
+            connection.send(tracemalloc.get_traced_memory()[1] / 2**20)
+
+
+class Side:
+    """A process that serves; `with Side(...) as ask: ask("prepare", kind, size)`."""
+
+    def __init__(self, *settings):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, *settings), daemon=True)
+
+    def __enter__(self):
+        self.process.start()
+        return self.ask
+
+    def ask(self, *message):
+        self.connection.send(message)
+        while not self.connection.poll(0.1):
+            if not self.process.is_alive():
+                raise InputError(f"the bench's process ended at {message}; its own words are above")
+        return self.connection.recv()
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.join()
+
+
+def race(asks, kind, size, rounds):
+    """Seconds of every run, one list per side; the sides take turns. ValueError where an output is not the first side's."""
+    outputs = {side: ask("prepare", kind, size) for side, ask in asks.items()}
+    first, *others = outputs
+    for side in others:
+        for mine, right in zip(outputs[first], outputs[side], strict=True):
+            if np.abs(mine - right.reshape(mine.shape)).max() > TOLERANCE * np.abs(right).max():
+                raise ValueError(f"{kind} {size}: {side} computes something else than {first}")
+    seconds = {side: [] for side in asks}
+    for _ in range(rounds):
+        for side, ask in asks.items():
+            seconds[side].append(ask("time"))
+    return seconds
+
+
+# ---- the rows ---------------------------------------------------------------------------------------------------------
+
+def row(name, mine, other, rival, unit):
+    """Medians, their ratio, and the quartiles of the ratios of single rounds; the rival's are None where there is none."""
+    ratios = np.divide(mine, other) if other is not None else None
+    return {"name": name, f"ours_{unit}": float(np.median(mine)),
+            f"theirs_{unit}": None if other is None else float(np.median(other)),
+            "ratio": None if other is None else float(np.median(mine) / np.median(other)),
+            "spread": None if other is None else np.quantile(ratios, (0.25, 0.75)).tolist(), "rival": rival}
+
+
+def label(kind, size):
+    if kind.startswith("CEA"):
+        return f"{kind}, N {size[0]}, C {size[1]}, R {size[2]}"
+    return f"{kind}, batch {size[0]}, {size[1]} x {size[1]}" + (f", C {size[3]}" if len(size) > 2 else "")
+
+
+def bench(quick=False):
+    """Yield the rows, dicts as `row` makes them; about ten minutes on two cores, one with `quick`. Without PyTorch: ours alone."""
+    torch = importlib.util.find_spec("torch") is not None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    layouts = ("NCHW", "channels_last") if torch else ()
+    threads = sorted({1, cores})
+    jobs, peaks, growth = (QUICK[name] if quick else globals()[name] for name in ("JOBS", "PEAKS", "GROWTH"))
+    with tqdm(total=len(jobs) + len(peaks) + 2 * len(growth) + 3, desc="bench", leave=False, disable=None) as bar:
+        settings = {("tinycea", 1): ()} | {(layout, n): (layout, n) for n in threads for layout in layouts}
+        sides = {side: Side(*arguments) for side, arguments in settings.items()}
+        try:
+            asks = {side: process.__enter__() for side, process in sides.items()}
+            for kind, size in jobs:
+                bar.set_postfix_str(label(kind, size))
+                seconds = race(asks, kind, size, 3 if quick else 31)
+                mine = seconds["tinycea", 1]
+                for n in threads if torch else ():
+                    best = min(layouts, key=lambda layout: np.median(seconds[layout, n]))
+                    yield row(label(kind, size), mine, seconds[best, n], f"PyTorch {best}, {n} thread{'s' * (n > 1)}", "s")
+                if not torch:
+                    yield row(label(kind, size), mine, None, "PyTorch is not installed", "s")
+                bar.update()
+            yield from grown(asks, growth, 3 if quick else 11, bar)
+        finally:
+            for process in sides.values():
+                process.__exit__()
+        for kind, size in peaks:
+            memory = {side: peak("peak memory", kind, size, 3, *arguments) for side, arguments in settings.items() if side[1] == 1}
+            best = min(layouts, key=lambda layout: memory[layout, 1], default=None)
+            yield row(f"peak memory, {label(kind, size)}", [memory["tinycea", 1]], [memory[best, 1]] if best else None,
+                      f"PyTorch {best}, 1 thread" if best else "PyTorch is not installed", "mb")
+            bar.update()
+        yield from cold_start(torch, 1 if quick else 9, bar)
+
+
+def peak(what, kind, size, runs, *settings):
+    """MB at the peak of a process of its own that ran the job a few times."""
+    with Side(*settings) as ask:
+        ask("prepare", kind, size)
+        for _ in range(runs - 1):
+            ask("time")
+        return ask(what)
+
+
+def exponent(sizes, values):
+    """The slope of log value over log pixels."""
+    return np.polyfit(2 * np.log(sizes), np.log(values), 1)[0]
+
+
+def grown(asks, sizes, rounds, bar):
+    """Exponents of time and of the arrays' memory over the number of pixels, of one image; PyTorch's time at its faster layout."""
+    asks = {side: ask for side, ask in asks.items() if side[1] == 1}
+    for kind in ("inference", "training step"):
+        seconds, megabytes = [], []
+        for n in sizes:
+            bar.set_postfix_str(f"growth, {kind}, {n} x {n}")
+            seconds.append({side: np.median(values) for side, values in race(asks, kind, (1, n), rounds).items()})
+            megabytes.append(peak("peak of arrays", kind, (1, n), 1))
+            bar.update()
+        best = min(asks, key=lambda side: seconds[-1][side] if side[0] != "tinycea" else np.inf)
+        name = f"{kind} over {sizes[0]} x {sizes[0]} to {sizes[-1]} x {sizes[-1]} pixels"
+        mine, other = (exponent(sizes, [s[side] for s in seconds]) for side in (("tinycea", 1), best))
+        torch = len(asks) > 1
+        yield row(f"time, {name}", [mine], [other] if torch else None,
+                  f"PyTorch {best[0]}, 1 thread" if torch else "PyTorch is not installed", "exponent")
+        yield row(f"memory of arrays, {name}", [exponent(sizes, megabytes)], None, "none", "exponent")
+
+
+def cold_start(torch, rounds, bar):
+    """Whole processes: importing the network, against importing NumPy and PyTorch; the gradient check."""
+    commands = {"tinycea": ["-c", "import tinycea.nafnet"], "numpy": ["-c", "import numpy"]}
+    commands |= {"torch": ["-c", "import torch"]} if torch else {}
+    seconds = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, arguments in commands.items():
+            seconds[name].append(process_seconds(arguments))
+    for name in list(commands)[1:]:
+        yield row("cold start, import tinycea.nafnet", seconds["tinycea"], seconds[name], f"import {name}", "s")
+    bar.update(2)
+    yield row("cold start, tinycea gradcheck", [process_seconds(["-m", "tinycea.cli", "gradcheck"])], None, "none", "s")
+    bar.update()
+
+
+def process_seconds(arguments):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def format_row(r):
+    """One line of the table."""
+    unit = next(key[5:] for key in r if key.startswith("ours_"))
+    factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "exponent": (1, "{:.2f}")}[unit]
+    mine, other = (text.format(factor * r[f"{side}_{unit}"]) if r[f"{side}_{unit}"] is not None else "" for side in ("ours", "theirs"))
+    ratio, spread = (f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["spread"])) if other else ("", "")
+    if len(set(r["spread"] or [0])) == 1:
+        spread = ""
+    return f"{r['name']:62s} {mine:>10s} {other:>10s} {ratio:>6s} {spread:>10s}  {r['rival'] if other else ''}".rstrip()
+
+
+HEADER = f"{'':62s} {'tinycea':>10s} {'rival':>10s} {'ratio':>6s} {'quartiles':>10s}  rival"
