@@ -125,7 +125,7 @@ def theirs(kind, size, layout, threads):
     def answers(images):
         gradients = [parameters[name].grad.reshape(-1) for name in p if parameters[name].grad is not None]
         images = [y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach() for y in images]
-        return images + ([torch.cat(gradients)] if gradients else [])
+        return [tensor.numpy() for tensor in images + ([torch.cat(gradients)] if gradients else [])]
     return {"inference": forward, "training step": step, "CEA forward": forward}.get(kind, both), answers
 
 
@@ -137,7 +137,7 @@ def serve(connection, layout=None, threads=1):
         task, *job = message
         if task == "prepare":
             run, answers = theirs(*job, layout, threads) if layout else (ours(*job), list)
-            connection.send([np.array(answer) for answer in answers(run())])
+            connection.send(answers(run()))
         elif task == "time":
             run()                             # untimed: brings its data back into the caches
             runs, start = 0, time.perf_counter()
@@ -158,38 +158,43 @@ class Side:
 
     def __init__(self, *settings):
         context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, *settings), daemon=True)
+        self.connection, self.other = context.Pipe()
+        self.process = context.Process(target=serve, args=(self.other, *settings), daemon=True)
 
     def __enter__(self):
         self.process.start()
+        self.other.close()                    # the process's alone, so that we hear of its end
         return self.ask
 
     def ask(self, *message):
-        self.connection.send(message)
-        while not self.connection.poll(0.1):
-            if not self.process.is_alive():
-                raise InputError(f"the bench's process ended at {message}; its own words are above")
-        return self.connection.recv()
+        try:
+            self.connection.send(message)
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise InputError(f"the bench's process ended at {message}; its own words are above") from None
 
     def __exit__(self, *_):
         self.process.terminate()
         self.process.join()
+        self.connection.close()
 
 
 def race(asks, kind, size, rounds):
-    """Seconds of every run, one list per side; the sides take turns. ValueError where an output is not the first side's."""
+    """Seconds of every run, one list per side; the sides take turns. InputError where an output is not the first side's."""
     outputs = {side: ask("prepare", kind, size) for side, ask in asks.items()}
     first, *others = outputs
     for side in others:
-        for mine, right in zip(outputs[first], outputs[side], strict=True):
-            if np.abs(mine - right.reshape(mine.shape)).max() > TOLERANCE * np.abs(right).max():
-                raise ValueError(f"{kind} {size}: {side} computes something else than {first}")
+        if not _alike(outputs[first], outputs[side]):
+            raise InputError(f"{kind} {size}: {side} computes something else than {first}")
     seconds = {side: [] for side in asks}
     for _ in range(rounds):
         for side, ask in asks.items():
             seconds[side].append(ask("time"))
     return seconds
+
+
+def _alike(a, b):
+    return len(a) == len(b) and all(np.abs(x - y.reshape(np.shape(x))).max() <= TOLERANCE * np.abs(y).max() for x, y in zip(a, b))
 
 
 # ---- the rows ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""Proves the bench: it refuses rivals that compute something else, its figures are those of the runs, its rows have one form."""
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tinycea import bench, cli
+from tinycea.errors import InputError
+
+KEYS = {"name", "ratio", "spread", "rival"}
+
+
+def side(outputs, seconds):
+    """A fake process: its outputs, and the seconds of its runs in turn."""
+    seconds = iter(seconds)
+    return lambda task, *job: outputs if task == "prepare" else next(seconds)
+
+
+def test_sides_take_turns_and_every_run_counts():
+    asks = {"a": side([np.ones(3)], [1, 2, 3]), "b": side([np.ones(3)], [4, 5, 6])}
+    assert bench.race(asks, "inference", (1, 8), 3) == {"a": [1, 2, 3], "b": [4, 5, 6]}
+
+
+@pytest.mark.parametrize("wrong", [[np.ones(3), np.array([1, 2, 3.01])], [np.ones(3), -np.array([1, 2, 3.0])], [np.ones(3)],
+                                   [np.ones(3), np.array([1, 2, np.nan])]])
+def test_a_rival_that_computes_something_else_is_not_timed(wrong):
+    asks = {"a": side([np.ones(3), np.array([1, 2, 3.0])], [1]), "b": side(wrong, [1])}
+    with pytest.raises(InputError, match="b computes something else than a"):
+        bench.race(asks, "inference", (1, 8), 1)
+
+
+def test_a_row_is_the_medians_their_ratio_and_the_quartiles_of_the_turns():
+    row = bench.row("step", [1, 2, 6], [2, 8, 4], "PyTorch", "s")
+    assert row == {"name": "step", "ours_s": 2, "theirs_s": 4, "ratio": 0.5, "spread": [0.375, 1.0], "rival": "PyTorch"}
+    assert bench.format_row(row).split() == ["step", "2000", "ms", "4000", "ms", "0.50", "0.38-1.00", "PyTorch"]
+
+
+def test_exponents():
+    sizes = np.array([64, 128, 256])
+    assert bench.exponent(sizes, 3 * sizes**2.0) == pytest.approx(1)
+    assert bench.exponent(sizes, sizes**3.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)),
+                                        ("NAFBlock forward+backward", (2, 5, 7, 6)), ("training step", (2, 10)), ("inference", (1, 12))])
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+def test_both_sides_compute_the_same(kind, size, layout):
+    pytest.importorskip("torch")
+    run, answers = bench.theirs(kind, size, layout, 1)
+    mine, right = bench.ours(kind, size)(), answers(run())
+    assert len(mine) == len(right) == {"CEA forward": 1, "inference": 1, "training step": 2}.get(kind, 3)
+    for a, b in zip(mine, right):
+        assert np.abs(b).max() > 0 and np.abs(a - b.reshape(np.shape(a))).max() <= bench.TOLERANCE * np.abs(b).max()
+
+
+def check(rows):
+    for row in rows:
+        units = {key.split("_")[1] for key in row if key.startswith(("ours_", "theirs_"))}
+        assert len(units) == 1 and KEYS < row.keys() and len(row) == 6
+        mine, other = row[f"ours_{(unit := units.pop())}"], row[f"theirs_{unit}"]
+        assert mine > 0 or unit == "exponent"
+        if other is None:
+            assert row["ratio"] is row["spread"] is None
+        else:
+            assert row["ratio"] == pytest.approx(mine / other) and row["spread"][0] <= row["spread"][1]
+
+
+def test_quick_bench_as_a_user_runs_it(capsys):
+    assert cli.main(["bench", "--quick", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    check(rows)
+    kinds = ["CEA forward+backward", "NAFBlock", "training step", "inference", "time, inference", "memory of arrays, training step",
+             "peak memory, training step", "cold start, import", "cold start, tinycea gradcheck"]
+    assert all(any(row["name"].startswith(kind) for row in rows) for kind in kinds)
+
+
+def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "QUICK", {"JOBS": [("CEA forward", (64, 12, 3))], "PEAKS": [], "GROWTH": [8, 16]})
+    rows = list(bench.bench(quick=True))
+    check(rows)
+    assert {row["rival"] for row in rows} == {"PyTorch is not installed", "none", "import numpy"}
+    monkeypatch.setattr(bench, "bench", lambda quick: iter(rows))
+    assert cli.main(["bench"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(rows) + 2 and re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1]) and "torch" not in printed[-1]
+
+
+def test_a_process_that_dies_is_one_sentence(capfd):
+    with bench.Side("no such layout") as ask, pytest.raises(InputError, match="process ended"):
+        ask("prepare", "inference", (1, 8))
