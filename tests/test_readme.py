@@ -58,3 +58,7 @@ def test_every_command_is_documented():
     commands = next(action for action in cli.parser()._actions if action.dest == "run" or action.choices).choices
     for name in commands:
         assert f"`tinycea {name}" in README, name
+
+
+def test_the_bench_table_is_the_committed_one():
+    assert (ROOT / "data" / "bench.txt").read_text() in README

@@ -215,7 +215,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; about ten minutes on two cores, one with `quick`. Without PyTorch: ours alone."""
+    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, a minute with `quick`. Without PyTorch: ours alone."""
     torch = importlib.util.find_spec("torch") is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     layouts = ("NCHW", "channels_last") if torch else ()
@@ -228,7 +228,7 @@ def bench(quick=False):
             asks = {side: process.__enter__() for side, process in sides.items()}
             for kind, size in jobs:
                 bar.set_postfix_str(label(kind, size))
-                seconds = race(asks, kind, size, 3 if quick else 31)
+                seconds = race(asks, kind, size, 3 if quick else 21)
                 mine = seconds["tinycea", 1]
                 for n in threads if torch else ():
                     best = min(layouts, key=lambda layout: np.median(seconds[layout, n]))
@@ -236,7 +236,7 @@ def bench(quick=False):
                 if not torch:
                     yield row(label(kind, size), mine, None, "PyTorch is not installed", "s")
                 bar.update()
-            yield from grown(asks, growth, 3 if quick else 11, bar)
+            yield from grown(asks, growth, 3 if quick else 5, bar)
         finally:
             for process in sides.values():
                 process.__exit__()

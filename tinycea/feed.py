@@ -7,11 +7,17 @@ from itertools import cycle
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                           # Windows
+    fcntl = None
+
 from .degrade import degrade, suite
 from .errors import InputError
 from .scenes import Scene, crop, dead_leaves, folder, photographs, pyramid
 
 INIT, SCENES, BATCHES = 1, 2, 3               # the random streams of a run: default_rng([seed, stream, ...])
+PIPE = 2**20                                  # bytes between a worker and the trainer: the most that Linux grants to anyone
 LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones are used at half, a quarter, ...
 
 
@@ -57,6 +63,8 @@ def feed(recipe, first=0, workers=1):
     try:
         for i in range(workers):
             connection, other = context.Pipe(duplex=False)
+            if hasattr(fcntl, "F_SETPIPE_SZ"):          # Linux: a batch fits into the pipe, and the next one is made meanwhile
+                fcntl.fcntl(other.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
             processes.append(context.Process(target=_work, args=(other, recipe, first + i, workers), daemon=True))
             connections.append(connection)
             processes[-1].start()

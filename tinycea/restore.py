@@ -96,7 +96,7 @@ def restore_files(paths, out, weights=WEIGHTS):
         except InputError as error:
             failed.append(str(error))
         except MemoryError:
-            failed.append(f"{file}: too large for the memory at hand, about 0.3 GB a megapixel")
+            failed.append(f"{file}: too large for the memory at hand, about 0.2 GB a megapixel")
     if failed:
         raise InputError(f"not restored: {'; '.join(failed)}")
 
