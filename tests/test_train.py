@@ -127,7 +127,7 @@ def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_worker_leaves_when_its_trainer_is_killed(tmp_path):
-    code = f"""
+    code = """
 import multiprocessing, time
 from tinycea.feed import feed
 from tinycea.train import Recipe

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from tqdm import tqdm
@@ -153,30 +154,27 @@ def serve(connection, layout=None, threads=1):
             connection.send(tracemalloc.get_traced_memory()[1] / 2**20)
 
 
-class Side:
-    """A process that serves; `with Side(...) as ask: ask("prepare", kind, size)`."""
+@contextmanager
+def side(*settings):
+    """A process that serves; within: ask(task, *job), which returns its answer. InputError when it dies."""
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=serve, args=(other, *settings), daemon=True)
+    process.start()
+    other.close()                             # the process's alone, so that we hear of its end
 
-    def __init__(self, *settings):
-        context = multiprocessing.get_context("spawn")
-        self.connection, self.other = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.other, *settings), daemon=True)
-
-    def __enter__(self):
-        self.process.start()
-        self.other.close()                    # the process's alone, so that we hear of its end
-        return self.ask
-
-    def ask(self, *message):
+    def ask(*message):
         try:
-            self.connection.send(message)
-            return self.connection.recv()
+            connection.send(message)
+            return connection.recv()
         except (EOFError, ConnectionError):
             raise InputError(f"the bench's process ended at {message}; its own words are above") from None
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.join()
-        self.connection.close()
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.join()
+        connection.close()
 
 
 def race(asks, kind, size, rounds):
@@ -223,9 +221,8 @@ def bench(quick=False):
     jobs, peaks, growth = (QUICK[name] if quick else globals()[name] for name in ("JOBS", "PEAKS", "GROWTH"))
     with tqdm(total=len(jobs) + len(peaks) + 2 * len(growth) + 3, desc="bench", leave=False, disable=None) as bar:
         settings = {("tinycea", 1): ()} | {(layout, n): (layout, n) for n in threads for layout in layouts}
-        sides = {side: Side(*arguments) for side, arguments in settings.items()}
-        try:
-            asks = {side: process.__enter__() for side, process in sides.items()}
+        with ExitStack() as stack:
+            asks = {name: stack.enter_context(side(*arguments)) for name, arguments in settings.items()}
             for kind, size in jobs:
                 bar.set_postfix_str(label(kind, size))
                 seconds = race(asks, kind, size, 3 if quick else 21)
@@ -237,11 +234,8 @@ def bench(quick=False):
                     yield row(label(kind, size), mine, None, "PyTorch is not installed", "s")
                 bar.update()
             yield from grown(asks, growth, 3 if quick else 5, bar)
-        finally:
-            for process in sides.values():
-                process.__exit__()
         for kind, size in peaks:
-            memory = {side: peak("peak memory", kind, size, 3, *arguments) for side, arguments in settings.items() if side[1] == 1}
+            memory = {name: peak("peak memory", kind, size, 3, *arguments) for name, arguments in settings.items() if name[1] == 1}
             best = min(layouts, key=lambda layout: memory[layout, 1], default=None)
             yield row(f"peak memory, {label(kind, size)}", [memory["tinycea", 1]], [memory[best, 1]] if best else None,
                       f"PyTorch {best}, 1 thread" if best else "PyTorch is not installed", "mb")
@@ -251,7 +245,7 @@ def bench(quick=False):
 
 def peak(what, kind, size, runs, *settings):
     """MB at the peak of a process of its own that ran the job a few times."""
-    with Side(*settings) as ask:
+    with side(*settings) as ask:
         ask("prepare", kind, size)
         for _ in range(runs - 1):
             ask("time")
