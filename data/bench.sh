@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes data/bench.txt, the table that README shows; PyTorch must be installed, and nothing else should run. A quarter of an hour on two cores.
+# Makes data/bench.txt, the table that README shows; PyTorch must be installed, and nothing else should run. Ten minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tinycea bench > data/.bench.txt

@@ -213,7 +213,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, a minute with `quick`. Without PyTorch: ours alone."""
+    """Yield the rows, dicts as `row` makes them; ten minutes on two cores, a minute with `quick`. Without PyTorch: ours alone."""
     torch = importlib.util.find_spec("torch") is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     layouts = ("NCHW", "channels_last") if torch else ()
