@@ -77,7 +77,7 @@ def test_quick_bench_as_a_user_runs_it(capsys):
 
 def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(bench, "QUICK", {"JOBS": [("CEA forward", (64, 12, 3))], "PEAKS": [], "GROWTH": [8, 16]})
+    monkeypatch.setattr(bench, "QUICK", ([("CEA forward", (64, 12, 3))], [], [8, 16]))
     rows = list(bench.bench(quick=True))
     check(rows)
     assert {row["rival"] for row in rows} == {"PyTorch is not installed", "none", "import numpy"}

@@ -29,7 +29,7 @@ JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for si
            ("inference", (1, 256)), ("inference", (1, 512)), ("inference", (1, 1024))])
 PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
 GROWTH = [64, 128, 256, 512, 1024]
-QUICK = {"JOBS": [JOBS[3], JOBS[6], JOBS[7], JOBS[9]], "PEAKS": PEAKS[:1], "GROWTH": GROWTH[:3]}
+FULL, QUICK = (JOBS, PEAKS, GROWTH), ([JOBS[3], JOBS[6], JOBS[7], JOBS[9]], PEAKS[:1], GROWTH[:3])
 TOLERANCE = 1e-3                              # largest difference over largest value: float32 through a whole network and back
 TURN = 0.05                                   # seconds that a side runs before it is the other's turn
 LR, DECAY, CLIP = 1e-4, 1e-4, 1.0
@@ -133,9 +133,9 @@ def theirs(kind, size, layout, threads):
 # ---- processes --------------------------------------------------------------------------------------------------------
 
 def serve(connection, layout=None, threads=1):
-    """One side's process: prepares the job it is sent and runs it when asked, until None comes."""
-    while (message := connection.recv()) is not None:
-        task, *job = message
+    """One side's process: prepares the job it is sent and runs it when asked, until it is terminated."""
+    while True:
+        task, *job = connection.recv()
         if task == "prepare":
             run, answers = theirs(*job, layout, threads) if layout else (ours(*job), list)
             connection.send(answers(run()))
@@ -199,14 +199,22 @@ def _alike(a, b):
 
 def row(name, mine, other, rival, unit):
     """Medians, their ratio, and the quartiles of the ratios of single rounds; the rival's are None where there is none."""
-    ratios = np.divide(mine, other) if other is not None else None
-    return {"name": name, f"ours_{unit}": float(np.median(mine)),
-            f"theirs_{unit}": None if other is None else float(np.median(other)),
-            "ratio": None if other is None else float(np.median(mine) / np.median(other)),
-            "spread": None if other is None else np.quantile(ratios, (0.25, 0.75)).tolist(), "rival": rival}
+    theirs = ratio = spread = None
+    if other is not None:
+        theirs = float(np.median(other))
+        ratio, spread = float(np.median(mine)) / theirs, np.quantile(np.divide(mine, other), (0.25, 0.75)).tolist()
+    return {"name": name, f"ours_{unit}": float(np.median(mine)), f"theirs_{unit}": theirs, "ratio": ratio, "spread": spread, "rival": rival}
+
+
+def fastest(values, threads):
+    """PyTorch's side with the smallest median on so many threads, as a key of `values` (None without PyTorch), and its name in a row."""
+    best = min(((layout, n) for layout, n in values if layout != "tinycea" and n == threads),
+               key=lambda side: np.median(values[side]), default=None)
+    return best, f"PyTorch {best[0]}, {threads} thread{'s' * (threads > 1)}" if best else "PyTorch is not installed"
 
 
 def label(kind, size):
+    """A job in words."""
     if kind.startswith("CEA"):
         return f"{kind}, N {size[0]}, C {size[1]}, R {size[2]}"
     return f"{kind}, batch {size[0]}, {size[1]} x {size[1]}" + (f", C {size[3]}" if len(size) > 2 else "")
@@ -217,8 +225,8 @@ def bench(quick=False):
     torch = importlib.util.find_spec("torch") is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     layouts = ("NCHW", "channels_last") if torch else ()
-    threads = sorted({1, cores})
-    jobs, peaks, growth = (QUICK[name] if quick else globals()[name] for name in ("JOBS", "PEAKS", "GROWTH"))
+    threads = sorted({1, cores}) if torch else [1]
+    jobs, peaks, growth = QUICK if quick else FULL
     with tqdm(total=len(jobs) + len(peaks) + 2 * len(growth) + 3, desc="bench", leave=False, disable=None) as bar:
         settings = {("tinycea", 1): ()} | {(layout, n): (layout, n) for n in threads for layout in layouts}
         with ExitStack() as stack:
@@ -226,19 +234,15 @@ def bench(quick=False):
             for kind, size in jobs:
                 bar.set_postfix_str(label(kind, size))
                 seconds = race(asks, kind, size, 3 if quick else 21)
-                mine = seconds["tinycea", 1]
-                for n in threads if torch else ():
-                    best = min(layouts, key=lambda layout: np.median(seconds[layout, n]))
-                    yield row(label(kind, size), mine, seconds[best, n], f"PyTorch {best}, {n} thread{'s' * (n > 1)}", "s")
-                if not torch:
-                    yield row(label(kind, size), mine, None, "PyTorch is not installed", "s")
+                for n in threads:
+                    best, rival = fastest(seconds, n)
+                    yield row(label(kind, size), seconds["tinycea", 1], seconds.get(best), rival, "s")
                 bar.update()
             yield from grown(asks, growth, 3 if quick else 5, bar)
         for kind, size in peaks:
-            memory = {name: peak("peak memory", kind, size, 3, *arguments) for name, arguments in settings.items() if name[1] == 1}
-            best = min(layouts, key=lambda layout: memory[layout, 1], default=None)
-            yield row(f"peak memory, {label(kind, size)}", [memory["tinycea", 1]], [memory[best, 1]] if best else None,
-                      f"PyTorch {best}, 1 thread" if best else "PyTorch is not installed", "mb")
+            memory = {name: [peak("peak memory", kind, size, 3, *arguments)] for name, arguments in settings.items() if name[1] == 1}
+            best, rival = fastest(memory, 1)
+            yield row(f"peak memory, {label(kind, size)}", memory["tinycea", 1], memory.get(best), rival, "mb")
             bar.update()
         yield from cold_start(torch, 1 if quick else 9, bar)
 
@@ -264,15 +268,13 @@ def grown(asks, sizes, rounds, bar):
         seconds, megabytes = [], []
         for n in sizes:
             bar.set_postfix_str(f"growth, {kind}, {n} x {n}")
-            seconds.append({side: np.median(values) for side, values in race(asks, kind, (1, n), rounds).items()})
+            seconds.append(race(asks, kind, (1, n), rounds))
             megabytes.append(peak("peak of arrays", kind, (1, n), 1))
             bar.update()
-        best = min(asks, key=lambda side: seconds[-1][side] if side[0] != "tinycea" else np.inf)
+        best, rival = fastest(seconds[-1], 1)
         name = f"{kind} over {sizes[0]} x {sizes[0]} to {sizes[-1]} x {sizes[-1]} pixels"
-        mine, other = (exponent(sizes, [s[side] for s in seconds]) for side in (("tinycea", 1), best))
-        torch = len(asks) > 1
-        yield row(f"time, {name}", [mine], [other] if torch else None,
-                  f"PyTorch {best[0]}, 1 thread" if torch else "PyTorch is not installed", "exponent")
+        exponents = {side: [exponent(sizes, [np.median(s[side]) for s in seconds])] for side in asks}
+        yield row(f"time, {name}", exponents["tinycea", 1], exponents.get(best), rival, "exponent")
         yield row(f"memory of arrays, {name}", [exponent(sizes, megabytes)], None, "none", "exponent")
 
 

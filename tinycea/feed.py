@@ -52,6 +52,13 @@ def batch(recipe, scenes, entries, step):
     return [np.stack(images) for images in zip(*pairs)]
 
 
+def held_out_patches(entries, size=96):
+    """Degraded and clean patches (B,96,96,3) of the validation photographs, two per entry of the suite, always the same."""
+    pairs = [pair(Scene(image), entry, size, np.random.default_rng([i, j]))
+             for i, image in enumerate(photographs("validation").values()) for j, entry in enumerate(entries)]
+    return [np.stack(images) for images in zip(*pairs)]
+
+
 @contextmanager
 def feed(recipe, first=0, workers=1):
     """Within: a function that returns `batch` of the next step, from `first` on. Worker i of n makes every n-th batch from its i-th.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import __version__, plots
 from .degrade import patchwork, suite
 from .errors import InputError, atomic
-from .feed import INIT, feed, pair
+from .feed import INIT, feed, held_out_patches
 from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
 from .ops.cpu import keep_memory
@@ -57,13 +57,6 @@ class Recipe:
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
-
-def held_out_patches(entries, size=96):
-    """Degraded and clean patches (B,96,96,3) of the validation photographs, two per entry of the suite, always the same."""
-    pairs = [pair(Scene(image), entry, size, np.random.default_rng([i, j]))
-             for i, image in enumerate(photographs("validation").values()) for j, entry in enumerate(entries)]
-    return [np.stack(images) for images in zip(*pairs)]
-
 
 def gradient(degraded, clean, p, config, ops, g):
     """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""

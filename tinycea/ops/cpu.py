@@ -32,8 +32,8 @@ def keep_memory():
 # ---- tiles, joined rows, sums ----------------------------------------------------------------------------------------
 
 def _cut(n, size):
-    """range(n) in equal slices of about `size`, the last one shorter."""
-    size = -(-n // max(1, round(n / size)))
+    """range(n) in equal slices of about `size` (at least 1), the last one shorter."""
+    size = -(-n // max(1, round(n / max(1, size))))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -41,7 +41,7 @@ def _tiles(B, N, width):
     """(images, rows) slices that cut B images of N rows of `width` numbers into tiles: several whole images, or part of one."""
     if N * width <= TILE:
         return [(b, slice(0, N)) for b in _cut(B, TILE // (N * width))]
-    return [(slice(b, b + 1), n) for b in range(B) for n in _cut(N, max(1, TILE // width))]
+    return [(slice(b, b + 1), n) for b in range(B) for n in _cut(N, TILE // width)]
 
 
 def _joined(vector, n):
@@ -120,7 +120,7 @@ def layernorm(x, weight, bias, eps=1e-6):
     C = x.shape[-1]
     rows = x.reshape(-1, C)
     y, xhat, rstd = (np.empty((len(rows), n), x.dtype) for n in (C, C, 1))
-    for s in _cut(len(rows), max(1, TILE // C)):
+    for s in _cut(len(rows), TILE // C):
         _normalize(rows[s], xhat[s], rstd[s], eps)
         _biased(_scaled(xhat[s], weight, y[s]), bias)
     return y.reshape(x.shape), (xhat, rstd, weight)
@@ -132,7 +132,7 @@ def layernorm_backward(dy, cache):
     C = weight.size
     rows, dx, dweight, dbias = dy.reshape(-1, C), np.empty_like(xhat), 0, 0
     share = (weight / C)[:, None]
-    for s in _cut(len(rows), max(1, TILE // C)):
+    for s in _cut(len(rows), TILE // C):
         product = rows[s] * xhat[s]
         dweight, dbias = dweight + _sum(product), dbias + _sum(rows[s])
         _scaled(rows[s], weight, dx[s])
@@ -147,7 +147,7 @@ def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
     C = x.shape[-1]
     rows, W = x.reshape(-1, C), weight[:, :, 0, 0].T
     xhat, rstd = np.empty((len(rows), C), x.dtype), np.empty((len(rows), 1), x.dtype)
-    for s in _cut(len(rows), max(1, TILE // C)):
+    for s in _cut(len(rows), TILE // C):
         _normalize(rows[s], xhat[s], rstd[s])
     y, _ = linear(xhat, norm_weight[:, None] * W, norm_bias @ W + bias)
     return y.reshape(*x.shape[:-1], -1), (xhat, rstd, norm_weight, norm_bias, W)
@@ -160,7 +160,7 @@ def norm_conv1x1_backward(dy, cache):
     G, dbias = _gram(xhat[None], rows[None])[0], _sum(rows)
     wW, mean = w[:, None] * W, np.full((C, 1), 1 / C, dy.dtype)
     g = rows @ (wW - wW.mean(0)).T
-    for s in _cut(len(rows), max(1, TILE // C)):
+    for s in _cut(len(rows), TILE // C):
         product = g[s] * xhat[s]
         g[s] -= np.multiply(xhat[s], product @ mean, out=product)
         g[s] *= rstd[s]
