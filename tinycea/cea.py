@@ -11,6 +11,7 @@ For tokens X (B,N,C) of one stage's features:
     Y = X + S U / sqrt(R)                                 (B,N,C)      each token assembles its own residual
 
 The paper's abstract fixes the probe, A, U and the signed affinities; LayerNorm, heads, scales and initialization are our choice.
+Derived line by line in notebooks/02_hyper_adapter; what the last two lines have to do with attention: notebooks/03_linear_attention.
 """
 from dataclasses import dataclass
 

@@ -2,6 +2,7 @@
 
 Both are measured on the scalar L(y) = <w, y> + |y|^2 / 2 with w random: its upstream gradient w + y is random (under ones a
 softmax has gradient zero), and even a linear op has a second-order term, so that its Taylor remainder is seen to fall as h^2.
+Both criteria, and what each of them misses: notebooks/04_gradient_checking.
 """
 from dataclasses import asdict, dataclass, replace
 

@@ -1,4 +1,4 @@
-"""AdamW over the flat buffer, its learning-rate schedule, and clipping by the global norm."""
+"""AdamW over the flat buffer, its learning-rate schedule, and clipping by the global norm; see notebooks/05_training_by_hand."""
 import math
 
 import numpy as np

@@ -1,6 +1,7 @@
 """The main job: train a restorer on toy degradations and leave a run folder that explains itself.
 
 Every batch is a pure function of (seed, step), so a run that was interrupted and resumed ends with the bits of one that was not.
+One step followed through the flat buffer, and the loop in ten lines: notebooks/05_training_by_hand.
 """
 import csv
 import json

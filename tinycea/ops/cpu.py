@@ -371,6 +371,7 @@ def attention(cache):
 
 
 def assembly(x, xhat, A, U):
-    """Reference's, but BLAS is slower with R columns than with C: the fast weight is ahead up to C = 3 R, not 2 R."""
+    """Reference's, but BLAS is slower with R = 8 columns than with C: there the fast weight is ahead up to C = 3 R, not 2 R
+    (with 16 or 32 columns nearer 2 R: notebooks/03_linear_attention)."""
     R, C = A.shape[-2:]
     return reference._assembly(x, xhat, A, U, C < 3 * R and C < x.shape[-2])

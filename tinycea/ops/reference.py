@@ -3,6 +3,7 @@
 Letters: B images, H x W pixels, n over N = H W tokens, c over C channels, r over R rank components, d over D probe channels,
 h over heads; `dx` is always dL/dx, of x's shape. Images are channels-last (B,H,W,C), tokens (B,N,C) a view of them.
 A forward returns (y, cache), the cache a plain tuple; its backward takes (dy, cache) and returns one gradient per input, in order.
+Derivations: notebooks/01_token_assembly (affinity, combine), 02_hyper_adapter (layernorm, probe), 03_linear_attention (fast_weight).
 """
 import math
 
