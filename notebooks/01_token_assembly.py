@@ -297,6 +297,7 @@ assert all(row.passed for row in rows)
 # $(A,U) \mapsto A^\top U$ at a random point and explain why it is $R(2C - R)$. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # dM = dA^T U + A^T dU: one column of the Jacobian per entry of A and of U. Replacing A by G A and U by G^-T U, with any invertible
 # G of R x R numbers, leaves M as it is: R^2 of the 2 R C directions are lost.
 basis = np.eye(R * C).reshape(R * C, R, C)
@@ -307,6 +308,7 @@ assert np.linalg.matrix_rank(jacobian) == R * (2 * C - R)
 # **2.** With top-1 the winner's share is always 1. What gradient do the affinities get? What does that mean for a router trained with top-1 and this rule alone?
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # None: the share 1 = e^s / e^s does not depend on s, so the router never learns. Practical routers keep the softmax's share
 # of all experts as the winner's weight, or keep two.
 T, cache = ops.topk_softmax(S[None], 1)
@@ -319,6 +321,7 @@ assert np.abs(ops.topk_softmax_backward(rng.normal(size=T.shape), cache)).max() 
 # check them with `gradcheck.check`.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # y_nc = x_nc + sum_r s_nr gamma_r u_rc / sqrt R. gamma_r is used by all n and c: dgamma_r = sum_n s_nr (dY U^T)_nr / sqrt R.
 def gated(X, S, U, gamma):
     return X + (S * gamma) @ U / np.sqrt(len(U)), (S, U, gamma)

@@ -346,6 +346,7 @@ assert all(np.abs(value).max() == 0 for value in grads.values())
 # **1.** Add one and the same vector to all keys. How does $P$ change? What must therefore be true of $\sum_n dk_n$? Check it on a batch of your own.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # <q, k_n + t> = <q, k_n> + <q, t>: the same constant for all tokens, which a softmax forgets. L does not change along t, so the
 # gradients of the keys sum to zero.
 Q, K, V = rng.normal(size=(R, D)), rng.normal(size=(2, 9, D)), rng.normal(size=(2, 9, D))
@@ -358,6 +359,7 @@ assert close(dK.sum(1), 0) and np.abs(dK).max() > 0.01
 # **2.** Give the softmax a learned sharpness, $p = \operatorname{softmax}(\tau\, l)$. Derive $d\tau$ and $dl$, write the pair and check it.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # t = tau l is an intermediate variable: dt = P (dP - rowsum(dP P)); tau is used by all entries: dtau = sum dt l; dl = tau dt.
 def sharp(tau, l):
     E = np.exp(tau * l - (tau * l).max(-1, keepdims=True))
@@ -379,6 +381,7 @@ assert all(row.passed for row in rows)
 # exponentials and the weighted sum of values. (This *online softmax* is how the probe can be run without ever storing an $N \times R$ matrix.)
 
 # %% jupyter={"source_hidden": true}
+# Solution
 N = 50
 q, K, V = rng.normal(size=D), rng.normal(size=(N, D)), rng.normal(size=(N, D))
 top, total, weighted = -np.inf, 0.0, np.zeros(D)

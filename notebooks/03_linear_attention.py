@@ -542,6 +542,7 @@ for size in (1, 1e6):                                       # a LayerNorm forget
 # Show that the last key then reads exactly its value, and compare the plain sum, with orthogonal keys and with others.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # After the write M^T a + (u - M^T a) <a, a> = u, since <a, a> = 1. The plain sum reads u_q + sum over r != q of
 # <a_r, a_q> u_r, which is u_q for orthogonal keys (for others only if the rest happens to cancel).
 keys = A[0] / np.linalg.norm(A[0], axis=1, keepdims=True)
@@ -559,6 +560,7 @@ for a_r, is_orthogonal in ((keys, False), (orthogonal, True)):
 # that give the same $Y$. Which $G$ leads there?
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # A^T U = P diag(sigma) Q^T with R singular values that are not zero: give each side the square root of sigma.
 # Both factors then have the same matrix of dot products, diag(sigma). The rows of A' lie in the span of those
 # of A, so A' = G A has one solution G.
@@ -574,6 +576,7 @@ assert close(G @ A[0], A_new) and close(np.linalg.inv(G).T @ U[0], U_new)
 # with `Counted`.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # Tokens first: dS = dY U^T, dU = S^T dY, dxhat = dS A, dA = dS^T xhat, each N R C: 4 N R C.
 # Fast weight first: dM = xhat^T dY and dxhat = dY M^T, each N C^2; dA = U dM^T and dU = A dM, each R C^2:
 # 2 (N + R) C^2.

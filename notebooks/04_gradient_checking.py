@@ -627,6 +627,7 @@ assert [row["verdict"] for row in report if row not in pairs] == 4 * ["caught"]
 # **1.** SiLU is $y = x\, \sigma(x)$ with the sigmoid $\sigma(x) = 1/(1 + e^{-x})$. Derive its backward, write the pair and check it. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # sigma' = sigma (1 - sigma), so dy/dx = sigma + x sigma (1 - sigma).
 def silu(x):
     s = 1 / (1 + np.exp(-x))
@@ -648,6 +649,7 @@ assert not any(row.passed for row in rows)
 # fails, and why? Where must one look instead?
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # The absolute value has a kink at 0. An error smaller than the step (1e-4 times the direction's entry) changes its sign on the way,
 # so the quotient mixes both slopes, -1 and +1: no gradient agrees with it. At exactly 0 the central difference is 0 by symmetry, and
 # so is the backward (sign(0) = 0): they agree, but |h v| falls as h, not as h^2, and only the slope tells. Neither is a bug; a check
@@ -666,6 +668,7 @@ for name, error in {"1e-7": zeros + 1e-7, "0": zeros, "0.1 and more": 0.1 + rng.
 # **3.** [`probe`](../tinycea/ops/reference.py) takes a `max` of its logits, and a maximum is a comparison. Does the complex step work all the same? Try it, and hold `probe_backward` to 13 digits.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # It does. The maximum is only taken off before the exponential, and a softmax forgets any constant, also a complex one: however the
 # maximum picks, the result is the same function of the logits, and that one is analytic.
 arrays = {"Q": rng.normal(size=(3, 8)), "K": rng.normal(size=(2, 7, 8)), "V": rng.normal(size=(2, 7, 8))}

@@ -608,6 +608,7 @@ assert one_token[2] > one_token[0] + 0.05                   # one token's affini
 # **1.** Two machines share a batch of 8: each computes the gradient of its 4 images. What must they exchange to take the same step as one machine with all 8? Check it. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # The loss is a mean over images, and no op mixes the images of a batch: so the gradient is the mean of the halves' gradients.
 # They exchange one flat array (an all-reduce); m, v and w then stay equal on both without being sent.
 images = [pixels.astype(np.float64) for pixels in feed.batch(recipe, scenes, suite, step=0)]
@@ -622,6 +623,7 @@ assert np.linalg.norm((left.flat + right.flat) / 2 - whole.flat) < 1e-10 * np.li
 # same noise for 1000 steps ($\eta = 10^{-3}$, $\lambda = 0.5$): which share of the initial distance is left, and why?
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # Decoupled: the update does not depend on w, so the distance shrinks by 1 - lr lambda in each step, whatever the noise.
 # L2: lambda w is divided by sqrt(v), about 100, like all of the gradient: the decay is 100 times slower, and slowest for
 # the parameters with the largest gradients.
@@ -640,6 +642,7 @@ assert close(left_decoupled, (1 - lr * decay)**steps) and 0.97 < left_l2 < 1
 # **3.** Why is the loss the mean of the logarithms of the MSE, and not the logarithm of the mean? Both give each image a weight, $\partial L / \partial \mathrm{MSE}_b$. Compute it for the batch of section 2.
 
 # %% jupyter={"source_hidden": true}
+# Solution
 # Mean of logs: 10 / (B ln 10 MSE_b), so that a relative change counts alike in every image. Log of the mean: 10 / (ln 10 sum MSE),
 # the same for all: times its MSE, an image counts as its share of the sum, here from 0.04 to 0.28, and as the easy images get
 # better the worst (haze, low light) take over.
