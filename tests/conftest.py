@@ -1,4 +1,16 @@
-"""One BLAS thread, as the command line sets it: sizes here gain nothing from a second."""
+"""One BLAS thread, as the command line sets it: sizes here gain nothing from a second. And a stand-in for CuPy."""
 import os
 
+import pytest
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def emulated_cupy():
+    """The stand-in for CuPy, which `import cupy` finds during one test; skips where the emulator cannot run."""
+    from cudacpu import cudacpu, cupy
+    if missing := cudacpu.missing():
+        pytest.skip(f"the emulator needs {missing}")
+    with cupy.installed():
+        yield cupy

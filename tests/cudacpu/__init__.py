@@ -1,0 +1,1 @@
+"""Runs CUDA kernels and the host code around them on a CPU, for tests."""
