@@ -116,9 +116,20 @@ def _slope(remainders, floor):
 def module(forward, backward, x, p):
     """A module (x, p) -> y as a pair of plain arrays, for `check` -> forward, backward, inputs."""
     def backward_all(dy, cache):
-        g = {name: np.zeros(value.shape, dy.dtype) for name, value in p.items()}
+        g = {name: np.zeros_like(dy, shape=value.shape) for name, value in p.items()}       # where dy lives, on a GPU perhaps
         return backward(dy, cache, g), *g.values()
     return lambda x, *values: forward(x, dict(zip(p, values))), backward_all, {"x": x} | p
+
+
+def hosted(forward, backward, ops):
+    """A pair on NumPy arrays, as `check` wants them, that computes where the backend `ops` does."""
+    def on_host(arrays):
+        return tuple(map(ops.to_host, arrays)) if isinstance(arrays, tuple) else ops.to_host(arrays)
+
+    def forward_hosted(*arrays):
+        y, cache = forward(*map(ops.to_device, arrays))
+        return ops.to_host(y), cache
+    return forward_hosted, lambda dy, cache: on_host(backward(ops.to_device(dy), cache))
 
 
 def cases(ops, seed=0):
@@ -138,7 +149,9 @@ def cases(ops, seed=0):
     yield op("norm_conv1x1", {"x": n(2, 3, 5, 4), "norm_weight": n(4), "norm_bias": n(4), "weight": n(7, 4, 1, 1), "bias": n(7)})
     yield op("scaled_conv1x1", {"x": n(2, 3, 5, 4), "weight": n(7, 4, 1, 1), "bias": n(7), "scale": n(1, 7, 1, 1)})
     yield op("conv3x3", {"x": n(2, 5, 3, 4), "weight": n(7, 4, 3, 3), "bias": n(7)})
-    yield op("depthwise3x3", {"x": n(2, 5, 3, 4), "weight": n(4, 1, 3, 3), "bias": n(4)})
+    depthwise = {"x": n(2, 5, 3, 4), "weight": n(4, 1, 3, 3), "bias": n(4)}
+    yield op("depthwise3x3", depthwise)
+    yield op("gated_depthwise3x3", depthwise)
     yield op("down2x2", {"x": n(2, 4, 6, 3), "weight": n(5, 3, 2, 2), "bias": n(5)})
     yield op("pixel_shuffle", {"x": n(2, 3, 5, 12)})
     yield op("pixel_unshuffle", {"x": n(2, 6, 9, 2)}, 3)
@@ -170,7 +183,7 @@ def cases(ops, seed=0):
         gap = 0
         while gap < 0.01:                     # no affinity so near to the k-th that a step of the check could exchange them
             x, p = n(3, 2, 7, 6), parameters(cea.shapes(6, config))
-            S = np.sort(cea.anatomy(cea.cea(x, p, replace(config, affinity="signed", level="token"), ops)[1])["S"])
+            S = np.sort(cea.anatomy(cea.cea(x, p, replace(config, affinity="signed", level="token"))[1])["S"])
             gap = (S[..., -config.topk] - S[..., -config.topk - 1]).min() if config.affinity == "topk" else 1
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: cea.cea(x, p, c, ops), cea.cea_backward, x, p)
 
@@ -206,7 +219,7 @@ def report(backend_name="cpu", seed=0):
     results = []
     for verdict, pairs in (("ok", cases(ops, seed)), ("caught", broken(ops, seed))):
         for name, tolerance, forward, backward, inputs in pairs:
-            rows = check(forward, backward, inputs, seed, tolerance=tolerance)
+            rows = check(*hosted(forward, backward, ops), inputs, seed, tolerance=tolerance)
             worst = max(rows, key=lambda row: (not row.passed, row.relative_error))
             passed = all(row.passed for row in rows) == (verdict == "ok")
             results.append({"name": name, "arguments": len(rows)} | asdict(worst)

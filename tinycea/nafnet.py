@@ -154,8 +154,7 @@ def nafblock(x, p, ops=cpu, keep=True):
     """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache."""
     caches, layer = _layers(keep)
     u = layer("conv1", ops.norm_conv1x1(x, p["norm1.weight"], p["norm1.bias"], p["conv1.weight"], p["conv1.bias"]))
-    u = layer("conv2", ops.depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
-    u = layer("sg1", ops.simple_gate(u))
+    u = layer("conv2", ops.gated_depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
     s = layer("pool", ops.global_average_pool(u))
     s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
     y = x + layer("conv3", ops.attended_conv1x1(u, s, p["conv3.weight"], p["conv3.bias"], p["beta"]))
@@ -175,8 +174,7 @@ def nafblock_backward(dz, cache, g):
     _add(g, (du, *rest), "conv3.weight", "conv3.bias", "beta")
     ds = _add(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
     du = du + ops.global_average_pool_backward(ds, c["pool"])
-    du = ops.simple_gate_backward(du, c["sg1"])
-    du = _add(g, ops.depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
+    du = _add(g, ops.gated_depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
     return dy + _add(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
 
 

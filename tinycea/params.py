@@ -18,8 +18,9 @@ class Params(dict):
     whatever needs one layer reads a view: `p["intro.weight"]`. Assigning to a name writes into its view; names are fixed.
     """
 
-    def __init__(self, shapes, dtype=np.float32):
-        self.flat = np.zeros(sum(math.prod(shape) for shape in shapes.values()), dtype)
+    def __init__(self, shapes, dtype=np.float32, flat=None):
+        """All zero; or views of `flat`, a buffer of that length, on the GPU perhaps."""
+        self.flat = np.zeros(sum(math.prod(shape) for shape in shapes.values()), dtype) if flat is None else flat
         start = 0
         for name, shape in shapes.items():
             stop = start + math.prod(shape)
@@ -31,7 +32,11 @@ class Params(dict):
 
     def zeros_like(self):
         """Params of the same names and shapes, all zero: gradients, or an optimizer's moments."""
-        return Params({name: value.shape for name, value in self.items()}, self.flat.dtype)
+        return self.over(np.zeros_like(self.flat))
+
+    def over(self, flat):
+        """Params of the same names and shapes whose values are those of another flat buffer."""
+        return Params({name: value.shape for name, value in self.items()}, flat=flat)
 
     def copy(self):
         """A Params of its own with the same names and values."""

@@ -18,8 +18,8 @@ TEST_SEED = 0                                 # of the degradations of held-out 
 
 def restore(image, p, config, ops=cpu):
     """The restored image. image (H,W,3) float in [0,1], any size from 1 x 1 up -> (H,W,3) in [0,1]."""
-    y, _ = centered(image[None], p, config, ops, keep=False)
-    return np.clip(y[0], 0, 1)
+    y, _ = centered(ops.to_device(image[None]), p, config, ops, keep=False)
+    return ops.to_host(np.clip(y[0], 0, 1))
 
 
 def quality(image, clean):

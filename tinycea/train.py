@@ -26,7 +26,7 @@ from .feed import INIT, feed, held_out_patches
 from .nafnet import anatomies, by_adapter, centered, centered_backward, init, save_model
 from .ops import backend
 from .ops.cpu import keep_memory
-from .optim import adamw, clip_by_norm, decay_mask, warmup_cosine
+from .optim import clip_by_norm, decay_mask, warmup_cosine
 from .params import copy_into, load, save
 from .restore import SSIM, TEST_SEED, held_out, make_folder, table
 from .scenes import PHOTOGRAPHS, Scene, photographs
@@ -59,11 +59,16 @@ class Recipe:
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
+def on_device(p, ops):
+    """The parameters where a backend computes: copied to a GPU, or themselves."""
+    return p.over(ops.to_device(p.flat))
+
+
 def gradient(degraded, clean, p, config, ops, g):
     """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
     g.flat[:] = 0
-    restored, cache = centered(degraded, p, config, ops)
-    loss, c_loss = ops.psnr_loss(restored, clean)
+    restored, cache = centered(ops.to_device(degraded), p, config, ops)
+    loss, c_loss = ops.psnr_loss(restored, ops.to_device(clean))
     dloss, _ = ops.psnr_loss_backward(1.0, c_loss)
     centered_backward(dloss, cache, g)
     return float(loss)
@@ -71,14 +76,14 @@ def gradient(degraded, clean, p, config, ops, g):
 
 def mean_psnr(degraded, clean, p, config, ops):
     """Mean PSNR in dB over a batch of patches."""
-    restored, _ = centered(degraded, p, config, ops, keep=False)
-    return -float(ops.psnr_loss(np.clip(restored, 0, 1), clean)[0])
+    restored, _ = centered(ops.to_device(degraded), p, config, ops, keep=False)
+    return -float(ops.psnr_loss(np.clip(restored, 0, 1), ops.to_device(clean))[0])
 
 
 def steps_in(minutes, recipe):
     """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
     config, ops = by_adapter(recipe.adapter), backend(recipe.backend)
-    p = init(config, np.random.default_rng(0))
+    p = on_device(init(config, np.random.default_rng(0)), ops)
     g, seconds = p.zeros_like(), []
     with feed(replace(recipe, scenes=1, steps=11)) as following:
         following()                           # the first one waits for its scenes
@@ -119,21 +124,23 @@ def train(recipe, out, resume=False, workers=1):
     validation = held_out_patches(entries)
 
     p = init(config, np.random.default_rng([recipe.seed, INIT]))
-    g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
-    decay, rates = recipe.decay * decay_mask(p), p.zeros_like()
-    for name, value in rates.items():
-        value[...] = recipe.adapter_lr if name.startswith("adapters.") else 1
+    m, v = p.zeros_like().flat, p.zeros_like().flat
     done, seconds, rows = 0, 0.0, []
     if resume:
         state, metadata = load(out / "state.safetensors")
         rows = state.pop("log", np.empty(0)).tolist()
         copy_into({"w": p.flat, "m": m, "v": v}, state, out / "state.safetensors")
         done, seconds = metadata["step"], metadata["seconds"]
+    p, m, v = on_device(p, ops), ops.to_device(m), ops.to_device(v)
+    g, rates, decay = p.zeros_like(), p.zeros_like(), recipe.decay * decay_mask(p)
+    for name, value in rates.items():
+        value[...] = recipe.adapter_lr if name.startswith("adapters.") else 1
 
     def save_state():
         write_json(out / "config.json", {"recipe": asdict(recipe), "model": asdict(config), "tinycea": __version__})
         log = np.array(rows).reshape(done, len(COLUMNS))
-        save(out / "state.safetensors", {"w": p.flat, "m": m, "v": v, "log": log}, step=done, seconds=seconds)
+        flat = {name: ops.to_host(value) for name, value in (("w", p.flat), ("m", m), ("v", v))}
+        save(out / "state.safetensors", flat | {"log": log}, step=done, seconds=seconds)
         write_log(out / "log.csv", rows)
 
     with feed(recipe, done, workers) as following:
@@ -149,7 +156,7 @@ def train(recipe, out, resume=False, workers=1):
                     raise InputError(f"training diverged at step {done + 1}: the loss is {loss}, the gradient's norm {norm}")
                 done += 1
                 rate = warmup_cosine(done / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
-                adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
+                ops.adamw(p.flat, g.flat, m, v, done, rate * rates.flat, decay)
                 psnr = mean_psnr(*validation, p, config, ops) if done % EVERY == 0 or done == recipe.steps else np.nan
                 seconds = time.perf_counter() - start
                 rows.append((done, rate, loss, norm, psnr, seconds))
@@ -181,7 +188,7 @@ def finish(recipe, config, p, ops, entries, rows, seconds, waited, out):
               "seconds": round(seconds, 1), "seconds_waiting_for_data": round(waited, 1), "peak_memory_mb": peak_memory(),
               "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
               "machine": machine(), "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
-    save_model(out / "model.safetensors", p, config, table=result["rows"])
+    save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(rows, out / "curve.png")
     plots.before_after([next(r for r in results if r["photograph"] == photo and r["entry"] == entries[i % len(entries)])
                         for i, photo in enumerate(dict.fromkeys(r["photograph"] for r in results))], out / "before_after.png")
@@ -195,11 +202,11 @@ def finish(recipe, config, p, ops, entries, rows, seconds, waited, out):
 def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
     """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and its stage, the last one."""
     degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
-    _, cache = centered(degraded[None], p, config, ops)
+    _, cache = centered(ops.to_device(degraded[None]), p, config, ops)
     stage, anatomy = list(anatomies(cache).items())[-1]
     m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
     h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
-    return degraded, mask, names, anatomy["S"].reshape(h, w, -1), config.cea.affinity, stage
+    return degraded, mask, names, ops.to_host(anatomy["S"]).reshape(h, w, -1), config.cea.affinity, stage
 
 
 def machine():

@@ -278,6 +278,18 @@ def simple_gate_backward(dy, cache):
     return np.einsum("nkc,nc->nkc", halves[:, ::-1], dy.reshape(-1, dy.shape[-1])).reshape(*dy.shape[:-1], -1)
 
 
+def gated_depthwise3x3(x, weight, bias):
+    """Reference's composition, of this file's ops."""
+    f, c_conv = depthwise3x3(x, weight, bias)
+    y, c_gate = simple_gate(f)
+    return y, (c_conv, c_gate)
+
+
+def gated_depthwise3x3_backward(dy, cache):
+    c_conv, c_gate = cache
+    return depthwise3x3_backward(simple_gate_backward(dy, c_gate), c_conv)
+
+
 def global_average_pool(x):
     """A product with ones instead of a sum over two axes: a tenth of the time."""
     B, H, W, C = x.shape

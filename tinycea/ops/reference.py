@@ -11,6 +11,19 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import InputError
+from ..optim import adamw                     # an op as well: the GPU has a kernel for it
+
+# ---- where arrays live -------------------------------------------------------------------------------------------------
+
+def to_device(x):
+    """The NumPy array as this backend computes with it: itself, but for a GPU."""
+    return x
+
+
+def to_host(x):
+    """Back again: a NumPy array."""
+    return x
+
 
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
@@ -169,6 +182,19 @@ def simple_gate_backward(dy, cache):
     """da = dy b, db = dy a."""
     a, b = cache
     return np.concatenate((dy * b, dy * a), -1)
+
+
+def gated_depthwise3x3(x, weight, bias):
+    """`depthwise3x3`, then `simple_gate`. x (B,H,W,2C), weight (2C,1,3,3), bias (2C,) -> (B,H,W,C)."""
+    f, c_conv = depthwise3x3(x, weight, bias)
+    y, c_gate = simple_gate(f)
+    return y, (c_conv, c_gate)
+
+
+def gated_depthwise3x3_backward(dy, cache):
+    """The two backwards in turn."""
+    c_conv, c_gate = cache
+    return depthwise3x3_backward(simple_gate_backward(dy, c_gate), c_conv)
 
 
 def global_average_pool(x):
