@@ -41,7 +41,7 @@ def parser():
     length.add_argument("--steps", type=count, help="training steps (default 3000)")
     length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
-    sub.add_argument("--backend", help="cpu or reference (default cpu)")
+    sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
     sub.add_argument("--images", type=path, metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
@@ -63,7 +63,7 @@ def parser():
 
     sub = command(gradcheck, "hold every hand-written gradient against central differences")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
-    sub.add_argument("--backend", default="cpu", help="cpu or reference (default cpu)")
+    sub.add_argument("--backend", default="cpu", help="cpu, cuda or reference (default cpu)")
     sub.add_argument("--seed", type=natural, default=0, help="of inputs and directions (default 0)")
 
     sub = command(bench, "race against the same network in PyTorch, where that is installed (ten minutes)")

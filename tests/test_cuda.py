@@ -1,0 +1,268 @@
+"""Proves the GPU backend: host code and kernels against reference, in the emulator and, marked `gpu`, on a GPU where there is one."""
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinycea import cli, gradcheck, optim, train
+from tinycea.cea import CEAConfig
+from tinycea.errors import InputError
+from tinycea.nafnet import NAFNetConfig, init
+from tinycea.ops import backend, cpu, reference
+
+from cudacpu import cudacpu, cupy, nvrtc
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """ops/cuda.py on the stand-in for CuPy."""
+    if missing := cudacpu.missing():
+        pytest.skip(f"the emulator needs {missing}")
+    with cupy.installed():
+        yield importlib.import_module("tinycea.ops.cuda")
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def ops(request):
+    """ops/cuda.py, on either."""
+    if request.param == "emulator":
+        return request.getfixturevalue("emulated")
+    try:
+        return backend("cuda")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def n(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+# door -> sizes that are odd, past a warp's 32 lanes, or single, and more tokens than a grid takes at once
+DOORS = {
+    "layernorm": lambda C, N: ({"x": n(2, N, C), "weight": n(C), "bias": n(C)}, ()),
+    "gated_depthwise3x3": lambda C, N: ({"x": n(2, 3, N, 2 * C), "weight": n(2 * C, 1, 3, 3), "bias": n(2 * C)}, ()),
+    "scale_channels": lambda C, N: ({"x": n(2, 3, N, C), "scale": n(2, 1, 1, C)}, ()),
+    "summarize": lambda C, N: ({"xhat": n(2, N, C), "W_K": n(C, 6), "W_V": n(C, 6), "Q": n(5, 6)}, (2,)),
+    "assembly": lambda C, N: ({"x": n(2, N, C), "xhat": n(2, N, C), "A": n(2, 5, C), "U": n(2, 5, C)}, ()),
+}
+SIZES = [(1, 1), (5, 31), (33, 65), (65, 1700)]
+
+
+def run(room, name, arrays, settings):
+    """Output and every gradient, as NumPy arrays."""
+    y, cache = getattr(room, name)(*map(room.to_device, arrays), *settings)
+    dy = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
+    gradients = getattr(room, name + "_backward")(room.to_device(dy), cache)
+    return [room.to_host(a) for a in (y, *(gradients if isinstance(gradients, tuple) else [gradients]))]
+
+
+def compare(ops, name, C, N, dtype):
+    inputs, settings = DOORS[name](C, N)
+    arrays = [a.astype(dtype) for a in inputs.values()]
+    expected = run(reference, name, [a.astype(float) for a in arrays], settings)
+    got = run(ops, name, arrays, settings)
+    for what, a, b in zip(["y", *inputs], got, expected):
+        assert a.shape == b.shape and a.dtype == dtype
+        assert np.abs(a - b).max() <= TOLERANCE[dtype] * max(1, np.abs(b).max()), what
+    return got
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("C, N", SIZES)
+@pytest.mark.parametrize("name", DOORS)
+def test_it_is_reference_under_any_schedule(ops, name, C, N, dtype):
+    results = []
+    for seed in (0, 1, 2) if N < 100 else (3,):
+        with cupy.schedule(seed=seed):
+            results.append(compare(ops, name, C, N, dtype))
+    for other in results[1:]:                                                   # the same bytes, whatever runs first
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_no_race_no_uninitialized_read_no_stray_access(emulated, name):
+    for seed in (0, 1):
+        with cupy.schedule(seed=seed, check=True):
+            compare(emulated, name, 33, 65, "float32")
+
+
+MUTANTS = [                                   # file, what is written there, what is broken, the door that must notice
+    ("common.cuh", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {\n        __syncthreads();", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {", "assembly"),
+    ("common.cuh", "T(0);\n        }\n        __syncthreads();\n        #pragma unroll 8", "T(0);\n        }\n        #pragma unroll 8", "assembly"),
+    ("common.cuh", "= scale * s[k];\n    __syncthreads();", "= scale * s[k];", "assembly"),
+    ("common.cuh", "token < n && c < C ?", "token <= n && c < C ?", "assembly"),
+    ("common.cuh", "SHARES = ALL / ACROSS", "SHARES = ALL", "assembly"),
+    ("assembly.cu", "U[factor + r * C + W::channel(j)]", "U[factor + W::channel(j) * R + r]", "assembly"),
+    ("assembly.cu", "da[j][r] += ds[t][r] * xi;", "da[j][r] += s[t][r] * xi;", "assembly"),
+    ("assembly.cu", "n0 + t < n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v",
+     "n0 + t <= n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v", "assembly"),
+    ("layernorm.cu", "dbias[j] : dweight[j];\n        __syncthreads();", "dbias[j] : dweight[j];", "layernorm"),
+    ("layernorm.cu", "sum - xhat[j] * product", "sum", "layernorm"),
+    ("layernorm.cu", "if (lane + 32 * j < C) squares", "squares", "layernorm"),
+    ("column_sum.cu", "= total;\n    __syncthreads();", "= total;", "layernorm"),
+    ("column_sum.cu", "i = 1; i < 8", "i = 1; i < 7", "layernorm"),
+    ("probe.cu", "highest[warp][m] = most;\n        }\n        __syncthreads();", "highest[warp][m] = most;\n        }", "summarize"),
+    ("probe.cu", "peak[k] = now;\n        }\n        __syncthreads();", "peak[k] = now;\n        }", "summarize"),
+    ("probe.cu", "for (int m = 0; m < M; ++m) seen[j][m] *= shrink[m];", "", "summarize"),
+    ("probe.cu", "lane + 32 * k] = mass[k];", "lane + 32 * k] = mass[k] + 1;", "summarize"),
+    ("probe.cu", "(dl[t][m] - center[query + m]);\n        }\n        __syncthreads();", "(dl[t][m] - center[query + m]);\n        }", "summarize"),
+    ("depthwise.cu", "h + i < H", "h + i <= H", "gated_depthwise3x3"),
+    ("depthwise.cu", "[threadIdx.x] = sums[k / 10][k % 10];\n        __syncthreads();", "[threadIdx.x] = sums[k / 10][k % 10];", "gated_depthwise3x3"),
+    ("scale.cu", "= sum;\n    __syncthreads();", "= sum;", "scale_channels"),
+    ("scale.cu", "blockIdx.z * C + c];\n    for", "blockIdx.x * C + c];\n    for", "scale_channels"),
+]
+
+
+@pytest.mark.parametrize("file, right, wrong, name", MUTANTS, ids=range(len(MUTANTS)))
+def test_a_broken_kernel_is_seen(emulated, monkeypatch, file, right, wrong, name):
+    whole = emulated.source
+
+    def broken(asked):
+        common, own = whole(asked).split(f'#line 1 "{asked}.cu"')
+        part = common if file == "common.cuh" else own if file == f"{asked}.cu" else ""
+        return whole(asked).replace(part, part.replace(right, wrong)) if part else whole(asked)
+    assert right in whole({"common.cuh": "assembly"}.get(file, file[:-3]))
+    monkeypatch.setattr(emulated, "source", broken)
+    emulated._kernel.cache_clear()
+    try:
+        with pytest.raises((AssertionError, cudacpu.KernelError)):
+            for seed, check in ((0, False), (1, False), (2, True), (3, True)):
+                with cupy.schedule(seed=seed, check=check):
+                    compare(emulated, name, 33, 65, "float32")
+                    compare(emulated, name, 5, 1700, "float32")         # more than one tile for some blocks
+    finally:
+        emulated._kernel.cache_clear()
+
+
+def instances(emulated, C, R, heads=4):
+    """Every kernel as a network of C channels and R components launches it: file -> names, in both types."""
+    result = {}
+    for T, size in (("float", 4), ("double", 8)):
+        tile, wide = (emulated._tile(M, np.dtype(f"f{size}")) for M in (R, heads * R))
+        for file, names in {"layernorm": (f"layernorm<{T}, {C}>", f"layernorm_backward<{T}, {C}>"), "column_sum": (f"column_sum<{T}>",),
+                            "depthwise": (f"depthwise<{T}>", f"gated_depthwise<{T}>", f"gated_depthwise_backward<{T}>"),
+                            "scale": (f"scale<{T}>", f"scale_backward<{T}>"), "adamw": (f"adamw<{T}>",),
+                            "assembly": (f"assembly<{T}, {C}, {R}, {tile}>", f"assembly_backward<{T}, {C}, {R}, {tile}>"),
+                            "probe": (f"probe<{T}, {C}, {heads * R}, {wide}>", f"probe_combine<{T}, {C}>",
+                                      f"probe_backward<{T}, {C}, {heads * R}, {wide}>")}.items():
+            result.setdefault(file, []).extend(names)
+    return result
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("C", [24, 48, 128])
+def test_every_kernel_compiles_for_gpus_without_spills(emulated, arch, C):
+    if missing := nvrtc.missing():
+        pytest.skip(f"NVRTC needs {missing}")
+    named = instances(emulated, C, 8)
+    assert set(named) == {path.stem for path in (Path(emulated.__file__).parent / "kernels").glob("*.cu")}
+    for file, names in named.items():
+        assert set(re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))) == {name.split("<")[0] for name in names}
+        for name, cost in nvrtc.compile(emulated.source(file), names, arch).items():
+            assert cost["spills"] == cost["stack"] == 0, (name, cost)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_adamw_is_optims(ops, dtype):
+    w, g, m, v, lr, decay = abs(n(6, 5000)).astype(dtype)
+    mine, theirs = [ops.to_device(a) for a in (w, g, m, v)], [w.copy(), g, m.copy(), v.copy()]
+    for step in (1, 2, 3):
+        ops.adamw(*mine, step, *map(ops.to_device, (lr, decay)))
+        optim.adamw(*theirs, step, lr, decay)
+    for a, b in zip(map(ops.to_host, mine), theirs):
+        assert np.abs(a - b).max() <= TOLERANCE[dtype] * np.abs(b).max()
+
+
+def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
+    config = NAFNetConfig(width=6, middle=1, cea=CEAConfig(rank=3, heads=2))
+    rng = np.random.default_rng(0)
+    start = init(config, rng)
+    start.flat[:] += rng.normal(0, 0.05, start.flat.size)                       # beta, gamma and W_U are zero at initialization
+    degraded, clean = rng.random((2, 2, 13, 10, 3), np.float32)
+    after = []
+    for room in (ops, cpu):
+        p = train.on_device(start.copy(), room)
+        g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
+        loss = train.gradient(degraded, clean, p, config, room, g)
+        room.adamw(p.flat, g.flat, m, v, 1, 1e-2, 1e-4 * optim.decay_mask(p))
+        after.append((loss, room.to_host(g.flat), room.to_host(p.flat)))
+    (loss, g, p), (loss_cpu, g_cpu, p_cpu) = after
+    assert abs(loss - loss_cpu) < 1e-4 * abs(loss_cpu) and np.abs(g - g_cpu).max() < 1e-4 * np.abs(g_cpu).max()
+    moved = np.abs(g_cpu) > 1e-3 * np.abs(g_cpu).max()                          # Adam's first step is a sign: not where it is noise
+    assert moved.mean() > 0.5 and np.abs(p - p_cpu)[moved].max() < 1e-4 * np.abs(p_cpu).max()
+
+
+def test_gradients_in_float64(emulated):
+    names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "attended_conv1x1", "summarize", "assembly (tokens first)",
+             "cea (signed, token, static none)"}
+    for name, tolerance, forward, backward, inputs in gradcheck.cases(emulated):
+        if name in names:
+            names.remove(name)
+            pair = gradcheck.hosted(forward, backward, emulated)
+            assert all(row.passed for row in gradcheck.check(*pair, inputs, tolerance=tolerance)), name
+    assert not names
+
+
+def test_what_does_not_fit_goes_to_reference(ops):
+    inputs, _ = DOORS["assembly"](5, 31)
+    big = inputs | {"A": n(2, 70, 5), "U": n(2, 70, 5)}
+    for got, expected in zip(run(ops, "assembly", big.values(), ()), run(reference, "assembly", big.values(), ())):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+    probe = [n(2, 9, 5), n(5, 6), n(5, 6), n(50, 6)]
+    for got, expected in zip(run(ops, "summarize", probe, (2,)), run(reference, "summarize", probe, (2,))):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_attention_is_references(ops):
+    inputs, settings = DOORS["summarize"](5, 31)
+    P = [room.to_host(room.attention(room.summarize(*map(room.to_device, inputs.values()), *settings)[1])) for room in (ops, reference)]
+    np.testing.assert_allclose(*P, rtol=1e-12)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda a: a | {"weight": a["weight"].astype(np.float32)}, "float32"),
+    (lambda a: a | {"x": a["x"].astype(np.float16)}, "not float16"),
+    (lambda a: a | {"bias": [0.0] * 5}, "expected an array on the GPU")])
+def test_launches_refuse_what_cupy_accepts(emulated, change, sentence):
+    inputs = change(DOORS["layernorm"](5, 31)[0])
+    with pytest.raises(InputError, match=sentence):
+        emulated.layernorm(*inputs.values())
+
+
+def test_without_cupy_or_a_gpu_it_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)                              # import cupy: ImportError
+    assert cli.main(["gradcheck", "--backend", "cuda"]) == 2
+    assert "pip install" in capsys.readouterr().err
+    for count in (lambda: 0, no_driver):
+        with cupy.installed():
+            monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", count)
+            with pytest.raises(InputError, match="NVIDIA GPU"):
+                backend("cuda")
+
+
+def no_driver():
+    raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorInsufficientDriver")
+
+
+def test_tinycea_does_not_import_cupy():
+    code = "import sys, tinycea.cli, tinycea.train, tinycea.gradcheck; assert 'cupy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "by_adapter", lambda name: NAFNetConfig(width=6, middle=1, cea=CEAConfig(rank=3, heads=2)))
+    monkeypatch.setattr(train, "held_out_patches", lambda entries: [np.zeros((1, 8, 8, 3), np.float32)] * 2)
+    monkeypatch.setattr(train, "finish", lambda recipe, config, p, *rest: p)
+    recipe = train.Recipe(backend="cuda", steps=2, scenes=1, batch=2, patch=12)
+    p = train.train(recipe, tmp_path / "run")
+    on_cpu = train.train(replace(recipe, backend="cpu"), tmp_path / "cpu")
+    assert np.abs(p.flat - on_cpu.flat).max() < 1e-3 and (tmp_path / "run" / "state.safetensors").exists()
+    again = train.train(recipe, tmp_path / "run", resume=True)                   # nothing left to do: the saved state, on the device again
+    assert np.array_equal(again.flat, p.flat)
