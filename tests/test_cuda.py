@@ -44,13 +44,17 @@ def n(*shape):
     return np.random.default_rng(sum(shape)).normal(size=shape)
 
 
+def parts(C, N, R):
+    return {"x": n(2, N, C), "xhat": n(2, N, C), "A": n(2, R, C), "U": n(2, R, C)}
+
+
 # door -> sizes that are odd, past a warp's 32 lanes, or single, and more tokens than a grid takes at once
 DOORS = {
     "layernorm": lambda C, N: ({"x": n(2, N, C), "weight": n(C), "bias": n(C)}, ()),
     "gated_depthwise3x3": lambda C, N: ({"x": n(2, 3, N, 2 * C), "weight": n(2 * C, 1, 3, 3), "bias": n(2 * C)}, ()),
     "scale_channels": lambda C, N: ({"x": n(2, 3, N, C), "scale": n(2, 1, 1, C)}, ()),
     "summarize": lambda C, N: ({"xhat": n(2, N, C), "W_K": n(C, 6), "W_V": n(C, 6), "Q": n(5, 6)}, (2,)),
-    "assembly": lambda C, N: ({"x": n(2, N, C), "xhat": n(2, N, C), "A": n(2, 5, C), "U": n(2, 5, C)}, ()),
+    "assembly": lambda C, N: (parts(C, N, 5), ()),
 }
 SIZES = [(1, 1), (5, 31), (33, 65), (65, 1700)]
 
@@ -64,7 +68,10 @@ def run(room, name, arrays, settings):
 
 
 def compare(ops, name, C, N, dtype):
-    inputs, settings = DOORS[name](C, N)
+    return compare_on(ops, name, *DOORS[name](C, N), dtype)
+
+
+def compare_on(ops, name, inputs, settings, dtype):
     arrays = [a.astype(dtype) for a in inputs.values()]
     expected = run(reference, name, [a.astype(float) for a in arrays], settings)
     got = run(ops, name, arrays, settings)
@@ -93,6 +100,25 @@ def test_no_race_no_uninitialized_read_no_stray_access(emulated, name):
             compare(emulated, name, 33, 65, "float32")
 
 
+@pytest.mark.parametrize("C, R", [(16, 32), (48, 48), (64, 64)])
+def test_the_assembly_on_tensor_cores(ops, C, R):
+    for N in (1, 31, 33, 900):
+        results = []
+        for seed in (0, 1):
+            with cupy.schedule(seed=seed):
+                results.append(compare_on(ops, "assembly", parts(C, N, R), (), "float32"))
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(*results))
+
+
+def test_the_assembly_on_tensor_cores_checked(emulated, monkeypatch):
+    launched = []
+    monkeypatch.setattr(emulated, "_launch", lambda kernel, *rest, launch=emulated._launch: (launched.append(kernel), launch(kernel, *rest)))
+    for seed in (0, 1):
+        with cupy.schedule(seed=seed, check=True):
+            compare_on(emulated, "assembly", parts(48, 65, 32), (), "float32")
+    assert launched.count("assembly_tf32") == launched.count("assembly_tf32.assembly_tf32_backward") == 2
+
+
 MUTANTS = [                                   # file, what is written there, what is broken, the door that must notice
     ("common.cuh", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {\n        __syncthreads();", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {", "assembly"),
     ("common.cuh", "T(0);\n        }\n        __syncthreads();\n        #pragma unroll 8", "T(0);\n        }\n        #pragma unroll 8", "assembly"),
@@ -103,6 +129,7 @@ MUTANTS = [                                   # file, what is written there, wha
     ("assembly.cu", "da[j][r] += ds[t][r] * xi;", "da[j][r] += s[t][r] * xi;", "assembly"),
     ("assembly.cu", "n0 + t < n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v",
      "n0 + t <= n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v", "assembly"),
+    ("assembly_tf32.cu", "wmma::mma_sync(sum, a.small, b.big, sum);", "", "tensor cores"),
     ("layernorm.cu", "dbias[j] : dweight[j];\n        __syncthreads();", "dbias[j] : dweight[j];", "layernorm"),
     ("layernorm.cu", "sum - xhat[j] * product", "sum", "layernorm"),
     ("layernorm.cu", "if (lane + 32 * j < C) squares", "squares", "layernorm"),
@@ -128,13 +155,16 @@ def test_a_broken_kernel_is_seen(emulated, monkeypatch, file, right, wrong, name
         common, own = whole(asked).split(f'#line 1 "{asked}.cu"')
         part = common if file == "common.cuh" else own if file == f"{asked}.cu" else ""
         return whole(asked).replace(part, part.replace(right, wrong)) if part else whole(asked)
-    assert right in whole({"common.cuh": "assembly"}.get(file, file[:-3]))
+    assert right in whole("assembly" if file == "common.cuh" else file[:-3])
     monkeypatch.setattr(emulated, "source", broken)
     emulated._kernel.cache_clear()
     try:
         with pytest.raises((AssertionError, cudacpu.KernelError)):
             for seed, check in ((0, False), (1, False), (2, True), (3, True)):
                 with cupy.schedule(seed=seed, check=check):
+                    if name == "tensor cores":
+                        compare_on(emulated, "assembly", parts(16, 65, 32), (), "float32")
+                        continue
                     compare(emulated, name, 33, 65, "float32")
                     compare(emulated, name, 5, 1700, "float32")         # more than one tile for some blocks
     finally:
@@ -153,6 +183,8 @@ def instances(emulated, C, R, heads=4):
                             "probe": (f"probe<{T}, {C}, {heads * R}, {wide}>", f"probe_combine<{T}, {C}>",
                                       f"probe_backward<{T}, {C}, {heads * R}, {wide}>")}.items():
             result.setdefault(file, []).extend(names)
+    c = 16 * -(-C // 16)                                  # tensor cores: float alone, multiples of 16, R of 32 at least
+    result["assembly_tf32"] = [f"assembly_tf32<float, {c}, 32, 64>", f"assembly_tf32_backward<float, {c}, 32, 32>"]
     return result
 
 
@@ -211,9 +243,8 @@ def test_gradients_in_float64(emulated):
 
 
 def test_what_does_not_fit_goes_to_reference(ops):
-    inputs, _ = DOORS["assembly"](5, 31)
-    big = inputs | {"A": n(2, 70, 5), "U": n(2, 70, 5)}
-    for got, expected in zip(run(ops, "assembly", big.values(), ()), run(reference, "assembly", big.values(), ())):
+    big = parts(5, 31, 70).values()
+    for got, expected in zip(run(ops, "assembly", big, ()), run(reference, "assembly", big, ())):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
     probe = [n(2, 9, 5), n(5, 6), n(5, 6), n(50, 6)]
     for got, expected in zip(run(ops, "summarize", probe, (2,)), run(reference, "summarize", probe, (2,))):

@@ -229,13 +229,21 @@ def attention(cache):
     return cp.exp(look @ xhat.swapaxes(1, 2) - lse[..., None]).reshape(len(xhat), *q.shape[:2], -1)
 
 
+def _on_tensor_cores(C, R, dtype):
+    """Whether the assembly runs on tensor cores: R is large, and its pieces fit into the registers and the shared memory."""
+    return (dtype == np.float32 and R >= 32 and C % 16 == R % 16 == 0 and C + R <= 160
+            and int(cp.cuda.Device().compute_capability) >= 80)
+
+
 def assembly(x, xhat, A, U):
     """Tokens first, S in shared memory; reference's two products where R is too large for that."""
     (B, N, C), R = x.shape, A.shape[1]
-    tokens = _tile(R, x.dtype)
+    tokens, y = _tile(R, x.dtype), cp.empty(x.shape, x.dtype)
+    if _on_tensor_cores(C, R, x.dtype):
+        _launch("assembly_tf32", (C, R, 64), (_blocks(-(-N // 64)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
+        return y, (xhat, A, U)
     if not tokens:
         return reference.assembly(x, xhat, A, U)
-    y = cp.empty(x.shape, x.dtype)
     _launch("assembly", (C, R, tokens), (_blocks(-(-N // tokens)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
     return y, (xhat, A, U)
 
@@ -245,10 +253,13 @@ def assembly_backward(dY, cache):
         return reference.assembly_backward(dY, cache)
     xhat, A, U = cache
     (B, N, C), R = xhat.shape, A.shape[1]
-    tokens = _tile(R, xhat.dtype)
+    if _on_tensor_cores(C, R, xhat.dtype):
+        kernel, tokens, shares = "assembly_tf32.assembly_tf32_backward", 32, 1
+    else:
+        kernel, tokens, shares = "assembly.assembly_backward", _tile(R, xhat.dtype), _shares(C)
     blocks = _blocks(-(-N // tokens))
-    dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((B, blocks * _shares(C), 2, R, C), xhat.dtype)
-    _launch("assembly.assembly_backward", (C, R, tokens), (blocks, B), (128,), [dxhat, part], dY, xhat, A, U, N, (C * R)**-0.5)
+    dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((B, blocks * shares, 2, R, C), xhat.dtype)
+    _launch(kernel, (C, R, tokens), (blocks, B), (128,), [dxhat, part], dY, xhat, A, U, N, (C * R)**-0.5)
     dA, dU = _column_sum(part).swapaxes(0, 1)
     return dY, dxhat, dA, dU
 

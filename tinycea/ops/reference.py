@@ -29,17 +29,17 @@ def to_host(x):
 
 def linear(x, weight, bias=None):
     """y = x W + b. x (...,I), weight (I,O), bias (O,) or None -> y (...,O)."""
-    y = x @ weight
+    y = x.reshape(-1, x.shape[-1]) @ weight                                     # one product for all tokens of all images
     if bias is not None:
         y = y + bias
-    return y, (x, weight, bias)
+    return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
 
 
 def linear_backward(dy, cache):
     """dx = dy W^T, dW = x^T dy, db = sum of dy over all but channels (None without bias)."""
     x, weight, bias = cache
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dy @ weight.T, rows.T @ drows, None if bias is None else drows.sum(0)
+    return (drows @ weight.T).reshape(x.shape), rows.T @ drows, None if bias is None else drows.sum(0)
 
 
 def conv1x1(x, weight, bias=None):
