@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinycea import cli, gradcheck, optim, train
+from tinycea import bench, cli, gradcheck, optim, train
 from tinycea.cea import CEAConfig
 from tinycea.errors import InputError
 from tinycea.nafnet import NAFNetConfig, init
@@ -297,3 +297,26 @@ def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypat
     assert np.abs(p.flat - on_cpu.flat).max() < 1e-3 and (tmp_path / "run" / "state.safetensors").exists()
     again = train.train(recipe, tmp_path / "run", resume=True)                   # nothing left to do: the saved state, on the device again
     assert np.array_equal(again.flat, p.flat)
+
+
+@pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)), ("training step", (2, 10))])
+def test_the_benchs_jobs_compute_the_same_on_the_gpu(ops, kind, size):
+    for a, b in zip(bench.ours(kind, size, ops)(), bench.ours(kind, size)(), strict=True):
+        assert np.abs(ops.to_host(a) - b).max() <= bench.TOLERANCE * np.abs(b).max()
+
+
+def test_the_gpu_bench_has_a_row_for_every_op(emulated, monkeypatch):
+    monkeypatch.setattr(bench, "KERNELS", (2048, 16, 3))
+    monkeypatch.setattr(bench, "GPU_JOBS", [])
+    monkeypatch.setattr(bench, "TURN", 0)
+    monkeypatch.setattr(bench, "backend", lambda name: emulated)
+    rows = list(bench.bench_gpu(quick=True))
+    assert len(rows) == 11 and all(row["ours_gb"] > 0 and "copy on the device" in bench.format_row(row) for row in rows)
+
+
+def test_the_gpu_bench_on_the_command_line(emulated, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "bench_gpu", lambda quick: iter([bench.row("layernorm", [2.0], [3.0], "copy on the device", "gb")]))
+    with cupy.installed():
+        assert cli.main(["bench", "--backend", "cuda"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 GB/s" in printed and "0.67" in printed and "emulated" in printed

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from . import cea
 from .errors import InputError
 from .nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
-from .ops import cpu
-from .optim import adamw, clip_by_norm
+from .ops import backend, cpu
+from .optim import clip_by_norm
 from .params import Params, under
-from .train import gradient, peak_memory
+from .train import gradient, on_device, peak_memory
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
 JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
@@ -30,6 +30,8 @@ JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for si
 PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
 GROWTH = [64, 128, 256, 512, 1024]
 FULL, QUICK = (JOBS, PEAKS, GROWTH), ([JOBS[3], JOBS[6], JOBS[7], JOBS[9]], PEAKS[:1], GROWTH[:3])
+GPU_JOBS = [("CEA forward+backward", size) for size in (*LAYERS, (2**20, 128, 16))] + [("training step", (8, 48)), ("training step", (32, 128))]
+KERNELS = 2**20, 128, 16                      # (N,C,R) of the kernels' rows
 TOLERANCE = 1e-3                              # largest difference over largest value: float32 through a whole network and back
 TURN = 0.05                                   # seconds that a side runs before it is the other's turn
 LR, DECAY, CLIP = 1e-4, 1e-4, 1.0
@@ -58,14 +60,15 @@ def material(kind, size):
     return config, p, *(rng.normal(size=shape).astype(np.float32) for _ in range(2))
 
 
-def ours(kind, size):
-    """The job in tinycea; it returns the arrays to compare."""
+def ours(kind, size, room=cpu):
+    """The job in tinycea on a backend; it returns the arrays to compare."""
     cpu.keep_memory()
-    config, p, x, target = material(kind, size)
+    config, p, *images = material(kind, size)
+    p, x, target = on_device(p, room), *map(room.to_device, images)
     g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
 
     def forward():
-        return cea.cea(x, p, config) if config else nafblock(x, p)
+        return cea.cea(x, p, config, room) if config else nafblock(x, p, room)
 
     def both():
         g.flat[:] = 0
@@ -74,16 +77,16 @@ def ours(kind, size):
         return y, dx, g.flat
 
     def step():
-        loss = gradient(x, target, p, config, cpu, g)
+        loss = gradient(x, target, p, config, room, g)
         clip_by_norm(g.flat, CLIP)
-        adamw(p.flat, g.flat, m, v, 1, LR, DECAY)
+        room.adamw(p.flat, g.flat, m, v, 1, LR, DECAY)
         return loss, g.flat
-    return {"inference": lambda: (centered(x, p, config, keep=False)[0],), "training step": step,
+    return {"inference": lambda: (centered(x, p, config, room, keep=False)[0],), "training step": step,
             "CEA forward": lambda: forward()[:1]}.get(kind, both)
 
 
-def theirs(kind, size, layout, threads):
-    """The job in PyTorch eager, and a function that makes arrays like `ours` of what it returned."""
+def theirs(kind, size, layout, threads, device="cpu", compiled=False):
+    """The job in PyTorch, eager or by torch.compile, and a function that makes arrays like `ours` of what it returned."""
     import torch
 
     from . import rival
@@ -96,11 +99,13 @@ def theirs(kind, size, layout, threads):
         net = rival.NAFBlock(size[-1])
     else:
         net = rival.NAFNet(config, {stage: rival.CEA(under(p, f"adapters.{stage}"), config.cea.heads) for stage in config.adapted()})
-    net, parameters = net.to(memory_format=layout), rival.named(net)
+    net = net.to(device, memory_format=layout)
+    parameters = rival.named(net)
     with torch.no_grad():
         for name, value in p.items():
             parameters[name].copy_(torch.as_tensor(value))
-    x, target = (torch.as_tensor(a).permute(0, 3, 1, 2).contiguous(memory_format=layout) for a in arrays)
+    net = torch.compile(net) if compiled else net
+    x, target = (torch.as_tensor(a, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout) for a in arrays)
     optimizer = torch.optim.AdamW(net.parameters(), LR, (0.9, 0.99), weight_decay=DECAY, fused=True)
 
     @torch.no_grad()
@@ -126,32 +131,53 @@ def theirs(kind, size, layout, threads):
     def answers(images):
         gradients = [parameters[name].grad.reshape(-1) for name in p if parameters[name].grad is not None]
         images = [y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach() for y in images]
-        return [tensor.numpy() for tensor in images + ([torch.cat(gradients)] if gradients else [])]
+        return [tensor.cpu().numpy() for tensor in images + ([torch.cat(gradients)] if gradients else [])]
     return {"inference": forward, "training step": step, "CEA forward": forward}.get(kind, both), answers
 
 
 # ---- processes --------------------------------------------------------------------------------------------------------
 
-def serve(connection, layout=None, threads=1):
+def serve(connection, layout=None, threads=1, device="cpu", compiled=False):
     """One side's process: prepares the job it is sent and runs it when asked, until it is terminated."""
+    room = None if layout else backend(device)
+    wait = waiter(device, room)
     while True:
         task, *job = connection.recv()
         if task == "prepare":
-            run, answers = theirs(*job, layout, threads) if layout else (ours(*job), list)
+            run, answers = theirs(*job, layout, threads, device, compiled) if layout else (ours(*job, room), lambda arrays: [*map(room.to_host, arrays)])
             connection.send(answers(run()))
         elif task == "time":
-            run()                             # untimed: brings its data back into the caches
-            runs, start = 0, time.perf_counter()
-            while not runs or time.perf_counter() - start < TURN:
-                run()
-                runs += 1
-            connection.send((time.perf_counter() - start) / runs)
+            connection.send(seconds_of(run, wait))
         elif task == "peak memory":
-            connection.send(peak_memory())
+            connection.send(peak_memory() if device == "cpu" else reserved(room))
         elif task == "peak of arrays":
             tracemalloc.start()
             run()
             connection.send(tracemalloc.get_traced_memory()[1] / 2**20)
+
+
+def waiter(device, room):
+    """A function that waits for the device: nothing on a CPU, else PyTorch's, or that of our backend."""
+    if device == "cpu":
+        return lambda: None
+    return room.synchronize if room else importlib.import_module("torch").cuda.synchronize
+
+
+def reserved(room):
+    """MB that our backend, or without one PyTorch, has reserved on the GPU."""
+    return (room.reserved() if room else importlib.import_module("torch").cuda.max_memory_reserved()) / 2**20
+
+
+def seconds_of(run, wait):
+    """Seconds of one run: the mean over TURN, after one that is not timed; each is waited for."""
+    run()                                     # untimed: brings its data back into the caches
+    wait()
+    runs, start = 0, time.perf_counter()
+    while not runs or time.perf_counter() - start < TURN:
+        run()
+        wait()
+        runs += 1
+    return (time.perf_counter() - start) / runs
 
 
 @contextmanager
@@ -247,6 +273,55 @@ def bench(quick=False):
         yield from cold_start(torch, 1 if quick else 9, bar)
 
 
+def bench_gpu(quick=False):
+    """Yield the rows of the cuda backend: bytes a second of every op against a copy on the device, then CEA and the training step,
+    time and memory, against PyTorch on the same GPU, eager and compiled (where it is installed and sees the GPU)."""
+    room = backend("cuda")
+    rounds = 3 if quick else 21
+    N, C, R = KERNELS[0] // (8 if quick else 1), *KERNELS[1:]
+    a = room.to_device(np.ones(N * C, np.float32))
+    copies = [2 * a.nbytes / seconds_of(a.copy, room.synchronize) / 1e9 for _ in range(rounds)]
+    for name, run, numbers in kernels(room, N, C, R):
+        rates = [4 * numbers / seconds_of(run, room.synchronize) / 1e9 for _ in range(rounds)]
+        yield row(f"{name}, N {N}, C {C}, R {R}", rates, copies, "copy on the device", "gb")
+    settings = {("tinycea", 1): (None, 1, "cuda")}
+    if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
+        settings |= {(name, 1): ("channels_last", 1, "cuda", name == "compiled") for name in ("eager", "compiled")}
+    for kind, size in GPU_JOBS[4:5] if quick else GPU_JOBS:
+        with ExitStack() as stack:
+            seconds = race({name: stack.enter_context(side(*arguments)) for name, arguments in settings.items()}, kind, size, rounds)
+        memory = {name: [peak("peak memory", kind, size, 3, *arguments)] for name, arguments in settings.items()}
+        for name in list(settings)[1:] or [None]:
+            rival = f"PyTorch {name[0]}" if name else "PyTorch is not installed, or sees no GPU"
+            yield row(label(kind, size), seconds["tinycea", 1], seconds.get(name), rival, "s")
+            yield row(f"GPU memory, {label(kind, size)}", memory["tinycea", 1], memory.get(name), rival, "mb")
+
+
+def kernels(room, N, C, R):
+    """Yield (name, run, numbers): each op with a kernel of its own, and how many numbers it must at least read and write."""
+    rng = np.random.default_rng(0)
+
+    def n(*shape):
+        return room.to_device(rng.normal(size=shape).astype(np.float32))
+
+    def pair(name, forward, backward, *arguments, dy=None):
+        y, cache = getattr(room, name)(*arguments)
+        dy = room.to_device(np.ones(y.shape, np.float32)) if dy is None else dy
+        yield name, lambda: getattr(room, name)(*arguments), forward
+        yield f"{name}_backward", lambda: getattr(room, f"{name}_backward")(dy, cache), backward
+    side = int(N**0.5)
+    image = n(1, side, side, C)
+    tokens, N = image.reshape(1, -1, C), side * side
+    yield from pair("layernorm", 2 * N * C, 3 * N * C, tokens, n(C), n(C))
+    yield from pair("scale_channels", 2 * N * C, 3 * N * C, image, n(1, 1, 1, C))
+    yield from pair("gated_depthwise3x3", 3 * N * C // 2, 5 * N * C // 2, image, n(C, 1, 3, 3), n(C))
+    yield from pair("summarize", N * C, 2 * N * C, tokens, n(C, C), n(C, C), n(R, C), 4)
+    yield from pair("assembly", 3 * N * C, 3 * N * C, tokens, tokens, n(1, R, C), n(1, R, C))
+    flat = [n(N * C // 8) for _ in range(4)]
+    flat[3] = abs(flat[3])
+    yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), 9 * flat[0].size
+
+
 def peak(what, kind, size, runs, *settings):
     """MB at the peak of a process of its own that ran the job a few times."""
     with side(*settings) as ask:
@@ -302,7 +377,7 @@ def process_seconds(arguments):
 def format_row(r):
     """One line of the table."""
     unit = next(key[5:] for key in r if key.startswith("ours_"))
-    factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "exponent": (1, "{:.2f}")}[unit]
+    factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "gb": (1, "{:.4g} GB/s"), "exponent": (1, "{:.2f}")}[unit]
     mine, other = (text.format(factor * r[f"{side}_{unit}"]) if r[f"{side}_{unit}"] is not None else "" for side in ("ours", "theirs"))
     ratio, spread = (f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["spread"])) if other else ("", "")
     if len(set(r["spread"] or [0])) == 1:

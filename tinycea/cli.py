@@ -69,6 +69,7 @@ def parser():
     sub = command(bench, "race against the same network in PyTorch, where that is installed (ten minutes)")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--quick", action="store_true", help="a few rows and rounds, in about a minute")
+    sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"), help="cuda: the kernels, and PyTorch on the same GPU (default cpu)")
     return top
 
 
@@ -166,8 +167,11 @@ def bench(args):
     from datetime import date
     from importlib.metadata import version
 
-    from .bench import HEADER, bench as rows, format_row
+    from . import bench as benches
+    from .bench import HEADER, format_row
+    from .ops import backend
     from .train import machine
+    rows = benches.bench_gpu if args.backend == "cuda" else benches.bench
     if args.json:
         print(json.dumps(list(rows(args.quick)), indent=1))
         return 0
@@ -176,7 +180,8 @@ def bench(args):
     for row in rows(args.quick):
         versions |= {"torch"} if "PyTorch" in row["rival"] and row["ratio"] else set()
         print(format_row(row), flush=True)
-    print(f"{machine()}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")
+    where = machine() if args.backend == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
+    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")
     return 0
 
 

@@ -116,4 +116,5 @@ class Device:
 cuda = SimpleNamespace(
     Device=Device,
     get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
-    runtime=SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})))
+    runtime=SimpleNamespace(getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {"name": b"emulated"},
+                            CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})))

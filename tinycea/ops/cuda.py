@@ -94,6 +94,21 @@ def to_host(x):
     return cp.asnumpy(x)
 
 
+def synchronize():
+    """Wait for everything launched so far."""
+    cp.cuda.get_current_stream().synchronize()
+
+
+def device_name():
+    """What the GPU calls itself."""
+    return cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)["name"].decode()
+
+
+def reserved():
+    """Bytes that CuPy holds on the GPU."""
+    return cp.get_default_memory_pool().total_bytes()
+
+
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
 def layernorm(x, weight, bias, eps=1e-6):
