@@ -231,13 +231,13 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
     assert moved.mean() > 0.5 and np.abs(p - p_cpu)[moved].max() < 1e-4 * np.abs(p_cpu).max()
 
 
-def test_gradients_in_float64(emulated):
+def test_gradients_in_float64(ops):
     names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "attended_conv1x1", "summarize", "assembly (tokens first)",
              "cea (signed, token, static none)"}
-    for name, tolerance, forward, backward, inputs in gradcheck.cases(emulated):
+    for name, tolerance, forward, backward, inputs in gradcheck.cases(ops):
         if name in names:
             names.remove(name)
-            pair = gradcheck.hosted(forward, backward, emulated)
+            pair = gradcheck.hosted(forward, backward, ops)
             assert all(row.passed for row in gradcheck.check(*pair, inputs, tolerance=tolerance)), name
     assert not names
 
@@ -255,6 +255,17 @@ def test_attention_is_references(ops):
     inputs, settings = DOORS["summarize"](5, 31)
     P = [room.to_host(room.attention(room.summarize(*map(room.to_device, inputs.values()), *settings)[1])) for room in (ops, reference)]
     np.testing.assert_allclose(*P, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in DOORS if n != "summarize"])                  # its products refuse such shapes themselves
+def test_a_wrong_shape_is_refused_before_a_kernel_reads_past_the_end(emulated, name):
+    inputs, settings = DOORS[name](5, 31)
+    y, cache = getattr(emulated, name)(*inputs.values(), *settings)
+    with pytest.raises(InputError, match="is expected"):
+        getattr(emulated, name + "_backward")(y[..., :-1], cache)
+    for wrong in list(inputs)[1:]:
+        with pytest.raises(InputError, match="is expected"):
+            getattr(emulated, name)(*(inputs | {wrong: inputs[wrong][:-1]}).values(), *settings)
 
 
 @pytest.mark.parametrize("change, sentence", [

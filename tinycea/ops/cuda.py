@@ -59,6 +59,13 @@ def _launch(kernel, template, grid, block, outputs, *inputs):
     _kernel(file, f"{name}<{instance}>", cp.cuda.Device().id)(grid, block, tuple(arguments))
 
 
+def _expect(*shaped):
+    """InputError unless each (array, shape) fits: a kernel would read past the end where NumPy complains. `_launch` refuses other things."""
+    for array, shape in shaped:
+        if isinstance(array, cp.ndarray) and array.shape != shape:
+            raise InputError(f"an array of shape {array.shape} came where {shape} is expected")
+
+
 def _blocks(pieces):
     """Blocks of a grid that walks over so many pieces of work: at most four for each multiprocessor."""
     return min(pieces, 4 * cp.cuda.Device().attributes["MultiProcessorCount"])
@@ -113,6 +120,7 @@ def reserved():
 
 def layernorm(x, weight, bias, eps=1e-6):
     C = x.shape[-1]
+    _expect((weight, (C,)), (bias, (C,)))
     n = x.size // C
     y, mean, rstd = cp.empty(x.shape, x.dtype), cp.empty(n, x.dtype), cp.empty(n, x.dtype)
     _launch("layernorm", (C,), (_blocks(-(-n // 8)),), (256,), [y, mean, rstd], x, weight, bias, n, float(eps))
@@ -121,6 +129,7 @@ def layernorm(x, weight, bias, eps=1e-6):
 
 def layernorm_backward(dy, cache):
     x, weight, mean, rstd = cache
+    _expect((dy, x.shape))
     C, n = weight.size, mean.size
     blocks = _blocks(-(-n // 8))
     dx, part = cp.empty(x.shape, x.dtype), cp.empty((1, blocks, 2, C), x.dtype)
@@ -146,6 +155,7 @@ def norm_conv1x1_backward(dy, cache):
 def gated_depthwise3x3(x, weight, bias):
     B, H, W, channels = x.shape
     C = channels // 2
+    _expect((weight, (2 * C, 1, 3, 3)), (bias, (2 * C,)), (x, (B, H, W, 2 * C)))
     y = cp.empty((B, H, W, C), x.dtype)
     _launch("depthwise.gated_depthwise", (), _pixel_grid(B * H * W, C), (32, 8), [y], x, weight, bias, B * H * W, H, W, C)
     return y, (x, weight, bias)
@@ -155,6 +165,7 @@ def gated_depthwise3x3_backward(dy, cache):
     x, weight, bias = cache
     B, H, W, channels = x.shape
     C = channels // 2
+    _expect((dy, (B, H, W, C)))
     grid = _pixel_grid(B * H * W, C)
     df, dx, part = cp.empty(x.shape, x.dtype), cp.empty(x.shape, x.dtype), cp.empty((1, grid[0], 2, 10, C), x.dtype)
     _launch("depthwise.gated_depthwise_backward", (), grid, (32, 8), [df, part], dy, x, weight, bias, B * H * W, H, W, C)
@@ -166,6 +177,7 @@ def gated_depthwise3x3_backward(dy, cache):
 
 def scale_channels(x, scale):
     B, H, W, C = x.shape
+    _expect((scale, (B, 1, 1, C)))
     y = cp.empty(x.shape, x.dtype)
     _launch("scale", (), (*_pixel_grid(H * W, C), B), (32, 8), [y], x, scale, H * W, C)
     return y, (x, scale)
@@ -173,6 +185,7 @@ def scale_channels(x, scale):
 
 def scale_channels_backward(dy, cache):
     x, scale = cache
+    _expect((dy, x.shape))
     B, H, W, C = x.shape
     grid = *_pixel_grid(H * W, C), B
     dx, part = cp.empty(x.shape, x.dtype), cp.empty((B, grid[0], C), x.dtype)
@@ -253,6 +266,7 @@ def _on_tensor_cores(C, R, dtype):
 def assembly(x, xhat, A, U):
     """Tokens first, S in shared memory; reference's two products where R is too large for that."""
     (B, N, C), R = x.shape, A.shape[1]
+    _expect((xhat, x.shape), (A, (B, R, C)), (U, (B, R, C)))
     tokens, y = _tile(R, x.dtype), cp.empty(x.shape, x.dtype)
     if _on_tensor_cores(C, R, x.dtype):
         _launch("assembly_tf32", (C, R, 64), (_blocks(-(-N // 64)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
@@ -267,6 +281,7 @@ def assembly_backward(dY, cache):
     if len(cache) == 2:
         return reference.assembly_backward(dY, cache)
     xhat, A, U = cache
+    _expect((dY, xhat.shape))
     (B, N, C), R = xhat.shape, A.shape[1]
     if _on_tensor_cores(C, R, xhat.dtype):
         kernel, tokens, shares = "assembly_tf32.assembly_tf32_backward", 32, 1
@@ -284,6 +299,7 @@ def assembly_backward(dY, cache):
 def adamw(w, g, m, v, step, lr, decay, betas=(0.9, 0.99), eps=1e-8):
     """`optim.adamw` in one pass over memory."""
     b1, b2 = betas
+    _expect(*((a, w.shape) for a in (g, m, v)))
     lr, decay = (cp.broadcast_to(cp.asarray(a, w.dtype), w.shape) for a in (lr, decay))
     _launch("adamw", (), (_blocks(-(-w.size // 256)),), (256,), [w, m, v], g, lr, decay, w.size,
             b1, b2, 1 - b1**step, 1 - b2**step, eps)
