@@ -126,7 +126,7 @@ def test_help_lists_every_name(capsys, command, names):
 
 @pytest.mark.parametrize("arguments, message", [
     (["train", "--suite", "aio7"], "aio3, aio5, cdd11, patchwork"),
-    (["train", "--adapter", "prompts"], "none, cea, cea-softmax"),
+    (["train", "--adapter", "prompts"], "none, wider, cea"),
     (["train", "--backend", "tpu"], "cpu, reference, cuda"),
     (["train", "--stepz", "3"], "--steps"),
     (["train", "--step", "3"], "--steps"),

@@ -213,7 +213,7 @@ def test_adamw_is_optims(ops, dtype):
 
 
 def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
-    config = NAFNetConfig(width=6, middle=1, cea=CEAConfig(rank=3, heads=2))
+    config = NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2))
     rng = np.random.default_rng(0)
     start = init(config, rng)
     start.flat[:] += rng.normal(0, 0.05, start.flat.size)                       # beta, gamma and W_U are zero at initialization
@@ -299,7 +299,7 @@ def test_tinycea_does_not_import_cupy():
 
 
 def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "by_adapter", lambda name: NAFNetConfig(width=6, middle=1, cea=CEAConfig(rank=3, heads=2)))
+    monkeypatch.setattr(train, "by_adapter", lambda name: NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2)))
     monkeypatch.setattr(train, "held_out_patches", lambda entries: [np.zeros((1, 8, 8, 3), np.float32)] * 2)
     monkeypatch.setattr(train, "finish", lambda recipe, config, p, *rest: p)
     recipe = train.Recipe(backend="cuda", steps=2, scenes=1, batch=2, patch=12)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from tinycea import cea, gradcheck, nafnet
+from tinycea.adapters import FAMILIES
 from tinycea.cea import CEAConfig
 from tinycea.gradcheck import check
 from tinycea.nafnet import ADAPTERS, NAFNetConfig
 from tinycea.ops import reference
 
 RTOL = {"right": 1e-6, "same sum in another order": 1e-12}
-OPS = [case[0] for case in gradcheck.cases(reference) if not case[0].startswith(("cea", "nafblock", "nafnet"))]
+OPS = [case[0] for case in gradcheck.cases(reference) if not case[0].startswith((*FAMILIES, "nafblock", "nafnet"))]
 
 
 def case(name):
@@ -277,11 +278,11 @@ def test_fresh_cea_layer_is_the_identity(config):
 
 
 def test_fresh_adapters_change_no_image():
-    bare = NAFNetConfig(width=8, adapter="none")
+    bare = NAFNetConfig(width=8, adapter=None)
     image = np.random.default_rng(0).random((2, 9, 6, 3), np.float32)
     p = nafnet.init(bare, np.random.default_rng(1))
     expected, _ = nafnet.nafnet(image, p, bare)
-    config = replace(bare, adapter="cea")
+    config = replace(bare, adapter=CEAConfig())
     q = nafnet.init(config, np.random.default_rng(2))
     nafnet.load_nafnet_state(p, q)
     assert np.array_equal(nafnet.nafnet(image, q, config)[0], expected)

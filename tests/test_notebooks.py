@@ -72,7 +72,7 @@ def test_docstrings_point_back():
     assert set(pointers) == set(NAMES)
 
 
-@pytest.mark.parametrize("right, wrong", [("dZ = dZ + through(\"W_U\"", "dZ = dZ - through(\"W_U\""), ("dXhat += dXhat_Z", "dXhat -= dXhat_Z"),
+@pytest.mark.parametrize("right, wrong", [("dZ = dZ + through(dU", "dZ = dZ - through(dU"), ("dXhat += dXhat_Z", "dXhat -= dXhat_Z"),
                                           ("dX_norm += dX\n", "dX_norm -= dX\n"), ("g[\"W_K\"] += dW_K", "g[\"W_K\"] -= dW_K")])
 def test_a_sign_broken_in_cea_is_seen_by_notebook_2(right, wrong, tmp_path):
     shutil.copytree(ROOT / "tinycea", tmp_path / "tinycea", ignore=shutil.ignore_patterns("__pycache__"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tinycea import cea, gradcheck
+from tinycea.adapters import FAMILIES
 from tinycea.errors import InputError
 from tinycea.ops import backend, reference
 
@@ -164,6 +165,31 @@ def loop_token_mean(S):
     return fill(S.shape, lambda b, n, r: math.fsum(S[b, :, r]) / S.shape[1])
 
 
+def loop_resize(x, H, W):
+    def cells(i, n, size):
+        """Between which two of `size` cells pixel i of n lies, and how near to each."""
+        place = min(max((i + 0.5) * size / n - 0.5, 0), size - 1)
+        low = math.floor(place)
+        return (low, 1 - (place - low)), (min(low + 1, size - 1), place - low)
+    return fill((len(x), H, W, x.shape[3]), lambda b, h, w, c: math.fsum(
+        near_i * near_j * float(x[b, i, j, c]) for i, near_i in cells(h, H, x.shape[1]) for j, near_j in cells(w, W, x.shape[2])))
+
+
+def loop_keep_topk(p, k):
+    return fill(p.shape, lambda *at: p[at] if p[at] >= sorted(p[at[:-1]])[-k] else 0)
+
+
+def loop_gate_experts(S, G):
+    r = S.shape[2] // G.shape[2]
+    return fill(S.shape, lambda b, n, e: S[b, n, e] * G[b, n if G.shape[1] > 1 else 0, e // r])
+
+
+def loop_load_balance(p):
+    load = [math.fsum(p[..., e].ravel()) for e in range(p.shape[-1])]
+    mean = math.fsum(load) / len(load)
+    return math.fsum((I - mean)**2 for I in load) / len(load) / mean**2 / 2
+
+
 def loop_l1_loss(pred, target):
     return math.fsum(abs(p - t) for p, t in zip(pred.ravel(), target.ravel())) / pred.size
 
@@ -210,6 +236,13 @@ OPS = [("linear", (), dict(x=TOKENS, weight="C O", bias="O")),
        ("topk_softmax", ("R",), dict(S="B N R")),
        ("topk_softmax", (3,), dict(S="B N 5R")),
        ("token_mean", (), dict(S="B N R")),
+       ("resize", (11, 4), dict(x=IMAGE)),
+       ("resize", ("h", 2), dict(x=IMAGE)),
+       ("keep_topk", (1,), dict(p="B N R")),
+       ("keep_topk", (3,), dict(p="B N 5R")),
+       ("gate_experts", (), dict(S="B N 6R", G="B N 2R")),
+       ("gate_experts", (), dict(S="B N 6R", G="B 1 2R")),
+       ("load_balance", (), dict(p="B N 2")),
        ("l1_loss", (), dict(pred=IMAGE, target=IMAGE)),
        ("charbonnier_loss", (), dict(pred=IMAGE, target=IMAGE)),
        ("charbonnier_loss", (0.5,), dict(pred=IMAGE, target=IMAGE)),
@@ -320,7 +353,7 @@ def snapshot(thing):
     return [array.tobytes() for array in arrays_of(thing)]
 
 
-MODULES = ("cea", "nafblock", "nafnet")
+MODULES = (*FAMILIES, "nafblock", "nafnet")
 CASES = [case[0] for case in gradcheck.cases(reference)]
 EVERY_CASE = pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 

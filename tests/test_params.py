@@ -206,13 +206,15 @@ def test_other_program_s_model_is_refused(tmp_path):
     refused(tmp_path / "other.safetensors", lambda: load_model(tmp_path / "other.safetensors"), "tinycea")
 
 
-CONFIGS = {"no configuration": None, "a number": 3, "nothing in it": {}, "an unknown field": {"cea": {}, "depth": 3},
-           "an unknown adapter": {"cea": {}, "adapter": "magic"}, "a rank of zero": {"cea": {"rank": 0}},
-           "an unknown switch": {"cea": {"sparse": 1}}, "a width in words": {"cea": {}, "width": "24"},
-           "a negative width": {"cea": {}, "width": -8}, "a fractional width": {"cea": {}, "width": 24.5},
-           "a fractional width, no adapter": {"cea": {}, "width": 24.5, "adapter": "none"},
-           "heads that do not divide": {"cea": {"heads": 7}}, "stages as a number": {"cea": {}, "encoders": 1},
-           "blocks in words": {"cea": {}, "middle": "two"}, "an unknown slot": {"cea": {}, "slots": ["attic"]}}
+OURS = {"family": "cea"}
+CONFIGS = {"no configuration": None, "a number": 3, "nothing in it": {}, "an unknown field": {"adapter": OURS, "depth": 3},
+           "an unknown adapter": {"adapter": {"family": "magic"}}, "an adapter in words": {"adapter": "cea"},
+           "an adapter without a family": {"adapter": {"rank": 8}}, "a rank of zero": {"adapter": OURS | {"rank": 0}},
+           "an unknown switch": {"adapter": OURS | {"sparse": 1}}, "a width in words": {"adapter": OURS, "width": "24"},
+           "a negative width": {"adapter": OURS, "width": -8}, "a fractional width": {"adapter": OURS, "width": 24.5},
+           "a fractional width, no adapter": {"width": 24.5, "adapter": None}, "attention in words": {"adapter": None, "sca": "yes"},
+           "heads that do not divide": {"adapter": OURS | {"heads": 7}}, "stages as a number": {"adapter": OURS, "encoders": 1},
+           "blocks in words": {"adapter": OURS, "middle": "two"}, "an unknown slot": {"adapter": OURS, "slots": ["attic"]}}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -250,7 +252,7 @@ def test_wrong_tensors_are_refused_by_name(model, spoil, words):
 def test_another_architecture_is_refused(model):
     path, *_ = model
     tensors, _ = load(path)
-    for config in (replace(SMALL, width=16), replace(SMALL, middle=2), replace(SMALL, adapter="none"), replace(SMALL, slots=())):
+    for config in (replace(SMALL, width=16), replace(SMALL, middle=2), replace(SMALL, adapter=None), replace(SMALL, slots=())):
         q = random(nafnet.shapes(config))
         before = q.flat.copy()
         refused(path, lambda: copy_into(q, tensors, path), "parameter")

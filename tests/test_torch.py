@@ -140,22 +140,22 @@ def network(config, size, room, seed=0):
     rng = np.random.default_rng(seed)
     p = random_params(nafnet.shapes(config), rng)
     adapters = {name: tensor(value) for name, value in p.items() if name.startswith("adapters.")}
-    theirs = NAFNet(config, {stage: Adapter(under(adapters, f"adapters.{stage}"), config.cea) for stage in config.adapted()}).double()
+    theirs = NAFNet(config, {stage: Adapter(under(adapters, f"adapters.{stage}"), config.adapter) for stage in config.adapted()}).double()
     theirs.load_state_dict({name: tensor(value) for name, value in p.items() if name not in adapters}, strict=True)
     agree(room, rng.random((2, *size, 3)), p, (lambda x, p, ops: nafnet.nafnet(x, p, config, ops), nafnet.nafnet_backward),
           theirs, dict(theirs.named_parameters()) | adapters)
 
 
-NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, "none"), (13, 21)),
-            "NAFNet, three levels": (NAFNetConfig(3, (1, 2, 1), 1, (2, 1, 1), 1, "none"), (13, 21)),
-            "NAFNet, no middle": (NAFNetConfig(3, (1, 0), 0, (0, 1), 1, "none"), (6, 5)),
-            "NAFNet, no levels": (NAFNetConfig(5, (), 2, (), 1, "none"), (5, 3)),
+NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, None), (13, 21)),
+            "NAFNet, three levels": (NAFNetConfig(3, (1, 2, 1), 1, (2, 1, 1), 1, None), (13, 21)),
+            "NAFNet, no middle": (NAFNetConfig(3, (1, 0), 0, (0, 1), 1, None), (6, 5)),
+            "NAFNet, no levels": (NAFNetConfig(5, (), 2, (), 1, None), (5, 3)),
             "a row of pixels": (NAFNetConfig(4, (1,), 1, (1,), 2), (1, 5)),
             "no padding": (NAFNetConfig(4, (1,), 1, (1,), 2), (8, 12)),
             "the default": (NAFNetConfig(), (13, 21)),
             "unshuffled by 3, two levels": (NAFNetConfig(4, (1, 1), 1, (1, 1), 3), (13, 25)),
             "CEA and unshuffle 1": (NAFNetConfig(4, (1, 1), 1, (1, 1), 1), (7, 10)),
-            "unshuffled, no adapter": (NAFNetConfig(5, (1,), 1, (1,), 2, "none"), (13, 21))}
+            "unshuffled, no adapter": (NAFNetConfig(5, (1,), 1, (1,), 2, None), (13, 21))}
 NETWORKS |= {f"slots {' '.join(slots) or 'none'}": (NAFNetConfig(4, (1, 1), 1, (1, 1), 2, slots=slots), (9, 14))
              for slots in ((), ("encoders.0",), ("middle_blks",), ("decoders.1", "encoders.1"))}
 NETWORKS |= {f"adapter {name}": (replace(by_adapter(name), width=8, middle=1), (9, 14))
@@ -173,7 +173,7 @@ def test_network(room, name):
 def trained(config, seed=0):
     """A torch NAFNet with random weights, random beta, gamma and norms among them."""
     torch.manual_seed(seed)
-    theirs = NAFNet(replace(config, adapter="none")).double()
+    theirs = NAFNet(replace(config, adapter=None)).double()
     for value in theirs.parameters():
         nn.init.normal_(value, std=0.3)
     return theirs
@@ -242,7 +242,7 @@ def test_loss(room, name):
 @pytest.mark.parametrize("betas, eps", [((0.9, 0.99), 1e-8), ((0.8, 0.95), 1e-3)])
 def test_adamw_steps(betas, eps):
     """Five steps with a changing rate; decay for weights and none for biases, norms, beta and gamma."""
-    config, rng, decay = NAFNetConfig(4, (1,), 1, (1,), 2, cea=CEAConfig(rank=3, heads=2)), np.random.default_rng(0), 0.3
+    config, rng, decay = NAFNetConfig(4, (1,), 1, (1,), 2, adapter=CEAConfig(rank=3, heads=2)), np.random.default_rng(0), 0.3
     p = random_params(nafnet.shapes(config), rng)
     theirs = {name: nn.Parameter(tensor(value)) for name, value in p.items()}
 

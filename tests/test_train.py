@@ -162,7 +162,7 @@ def test_the_run_folder_is_complete_and_true(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert result["recipe"] == asdict(replace(TINY, adapter="cea-softmax"))
     p, config = load_model(tmp_path / "run" / "model.safetensors")
-    assert config.cea.affinity == "softmax" and p.flat.size == result["parameters"]
+    assert config.adapter.affinity == "softmax" and p.flat.size == result["parameters"]
 
 
 def test_diverging_training_stops_with_one_sentence(tmp_path):

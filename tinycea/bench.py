@@ -98,7 +98,7 @@ def theirs(kind, size, layout, threads, device="cpu", compiled=False):
     elif kind.startswith("NAFBlock"):
         net = rival.NAFBlock(size[-1])
     else:
-        net = rival.NAFNet(config, {stage: rival.CEA(under(p, f"adapters.{stage}"), config.cea.heads) for stage in config.adapted()})
+        net = rival.NAFNet(config, {stage: rival.CEA(under(p, f"adapters.{stage}"), config.adapter.heads) for stage in config.adapted()})
     net = net.to(device, memory_format=layout)
     parameters = rival.named(net)
     with torch.no_grad():

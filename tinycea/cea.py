@@ -86,8 +86,8 @@ def cea(x, p, config, ops=cpu):
     c_Z = None
     if config.static != "AU":
         Z, c_Z = ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], config.heads)
-    A, c_A = _constant(p["A"], B) if "A" in config.static else ops.linear(Z, p["W_A"])
-    U, c_U = _constant(p["U"], B) if "U" in config.static else ops.linear(Z, p["W_U"])
+    A, c_A = (each(p["A"], B), None) if "A" in config.static else ops.linear(Z, p["W_A"])
+    U, c_U = (each(p["U"], B), None) if "U" in config.static else ops.linear(Z, p["W_U"])
     Y, c_Y = _assemble(X, Xhat, A, U, config, ops)
     return Y.reshape(x.shape), (c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops)
 
@@ -96,22 +96,15 @@ def cea_backward(dy, cache, g):
     """dx, and every parameter's gradient added into g (names as in p): the forward read from the bottom up."""
     c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
     dX, dXhat, dA, dU = _assemble_backward(dy.reshape(Xhat.shape), c_Y, config, ops)
-
-    def through(name, dy, cache):
-        """dx of y = x W, its dW added into g."""
-        dx, dW, _ = ops.linear_backward(dy, cache)
-        g[name] += dW
-        return dx
-
     dZ = 0
     if "U" in config.static:
         g["U"] += dU.sum(0)
     else:
-        dZ = dZ + through("W_U", dU, c_U)
+        dZ = dZ + through(dU, c_U, g, ops, "W_U")
     if "A" in config.static:
         g["A"] += dA.sum(0)
     else:
-        dZ = dZ + through("W_A", dA, c_A)
+        dZ = dZ + through(dA, c_A, g, ops, "W_A")
     if config.static != "AU":
         dXhat_Z, dW_K, dW_V, dQ = ops.summarize_backward(dZ, c_Z)
         g["W_K"] += dW_K
@@ -125,9 +118,18 @@ def cea_backward(dy, cache, g):
     return dX_norm.reshape(dy.shape)
 
 
-def _constant(value, B):
-    """A learned constant (R,C), seen by each of B images."""
-    return np.broadcast_to(value, (B, *value.shape)), None
+def through(dy, cache, g, ops, weight, bias=None):
+    """dx of `ops.linear`; the gradients of its weight and bias are added into g under these names."""
+    dx, dW, db = ops.linear_backward(dy, cache)
+    g[weight] += dW.reshape(g[weight].shape)
+    if bias:
+        g[bias] += db
+    return dx
+
+
+def each(value, B):
+    """A learned constant (R,C) as each of B images sees it: (B,R,C)."""
+    return np.broadcast_to(value, (B, *value.shape))
 
 
 def _affinities(Xhat, A, config, ops):

@@ -1,4 +1,4 @@
-"""The command `tinycea`: train, restore, degrade, demo, gradcheck, bench. Bad input ends in one sentence and exit status 2."""
+"""The command `tinycea`: train, compare, restore, degrade, demo, gradcheck, bench. Bad input ends in one sentence and exit status 2."""
 import argparse
 import json
 import os
@@ -27,7 +27,7 @@ def parser():
     path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     top.add_argument("--version", action="version", version=f"tinycea {__version__}")
-    commands = top.add_subparsers(required=True, metavar="train|restore|degrade|demo|gradcheck|bench")
+    commands = top.add_subparsers(required=True, metavar="train|compare|restore|degrade|demo|gradcheck|bench")
 
     def command(run, description):
         sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
@@ -36,7 +36,9 @@ def parser():
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about four minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, or several joined by + (default aio5)")
-    sub.add_argument("--adapter", help="none, cea (default), or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, cea-static-U, cea-static")
+    sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, experts-image, "
+                     "experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, cea-static-U, cea-static; "
+                     "with options as in cea:rank=16,sca=false")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="training steps (default 3000)")
     length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
@@ -45,6 +47,17 @@ def parser():
     sub.add_argument("--images", type=path, metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
+
+    sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys (about two hours by default)")
+    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork (default all four)")
+    sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
+    sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
+    sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
+    sub.add_argument("--rates", type=positive, nargs="+", help="learning rates of the adapters relative to the network's (default: tuned)")
+    sub.add_argument("--split", choices=("test", "validation"), default="test", help="photographs to test on (default test)")
+    sub.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes (default one for each core)")
+    sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR", help="folder of the runs; what it holds is not trained again")
+    sub.add_argument("--quick", action="store_true", help="two adapters, one suite, one seed, 60 steps: a minute")
 
     sub = command(restore, "restore photographs with a trained model")
     sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
@@ -100,7 +113,7 @@ def train(args):
     typed = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     if args.images:
         typed["images"] = str(Path(args.images).resolve())        # the same folder from wherever the run is resumed
-    recipe = job.Recipe(**typed)
+    recipe = job.recipe_for(**typed)
     out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if args.resume and args.minutes:
         raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
@@ -112,6 +125,23 @@ def train(args):
     print(format_table(result["rows"]))
     print(f"held-out photographs, {result['parameters']} parameters, {result['seconds']:.0f} s of training, "
           f"peak memory {result['peak_memory_mb']} MB and {result['peak_memory_mb_of_data_process']} MB for data; pictures and weights in {out}")
+    return 0
+
+
+def compare(args):
+    from . import compare as job, plots
+    options = {name: getattr(args, name) for name in ("suites", "adapters", "seeds", "steps", "rates") if getattr(args, name) is not None}
+    quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
+    recipes = job.grid(**quick | options)
+    try:
+        lines = job.compare(recipes, args.out, args.split, args.jobs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
+    for view in job.VIEWS:
+        print(job.format_rows(job.rows(lines, view)))
+    plots.cost(job.rows(lines), Path(args.out) / "cost.png")
+    plots.strip(job.examples(recipes, args.out, args.split), Path(args.out) / "strip.png")
+    print(f"{job.machine()}; runs, models and pictures in {args.out}")
     return 0
 
 

@@ -5,10 +5,12 @@ softmax has gradient zero), and even a linear op has a second-order term, so tha
 Both criteria, and what each of them misses: notebooks/04_gradient_checking.
 """
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from . import cea, nafnet
+from . import adapters, cea, nafnet
+from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig
 from .cea import CEAConfig
 from .nafnet import NAFNetConfig
 from .ops import backend
@@ -133,7 +135,7 @@ def hosted(forward, backward, ops):
 
 
 def cases(ops, seed=0):
-    """Yield (name, tolerance, forward, backward, inputs): every op of a backend, CEA with every switch, the NAFBlock, the network."""
+    """Yield (name, tolerance, forward, backward, inputs): every op of a backend, CEA with every switch, its rivals, the network."""
     rng = np.random.default_rng(seed)
 
     def n(*shape):
@@ -168,6 +170,11 @@ def cases(ops, seed=0):
     yield op("topk_softmax", {"S": n(2, 7, 5)}, 5, label=" (softmax)")
     yield op("topk_softmax", {"S": rng.permuted(np.tile(np.arange(5.0), (2, 7, 1)), axis=-1) + n(2, 7, 5) / 10}, 2, label=" (top-2)")
     yield op("token_mean", {"S": n(2, 7, 5)})
+    yield op("resize", {"x": n(2, 3, 5, 2)}, 7, 4)
+    yield op("keep_topk", {"p": rng.permuted(np.tile(np.arange(5.0), (2, 7, 1)), axis=-1) + n(2, 7, 5) / 10}, 2)
+    yield op("gate_experts", {"S": n(2, 5, 6), "G": n(2, 5, 3)}, label=" (token)")
+    yield op("gate_experts", {"S": n(2, 5, 6), "G": n(2, 1, 3)}, label=" (image)")
+    yield op("load_balance", {"p": np.exp(n(2, 7, 5))})
     pred, error = n(2, 3, 5, 4), n(2, 3, 5, 4)
     yield op("l1_loss", {"pred": pred, "target": pred + error + np.sign(error) / 10})        # away from the kink at 0
     yield op("charbonnier_loss", {"pred": n(2, 3, 5, 4), "target": n(2, 3, 5, 4)}, 0.1)
@@ -176,23 +183,38 @@ def cases(ops, seed=0):
     def parameters(shapes):
         return {name: n(*shape) / 2 for name, shape in shapes.items()}          # never the zeros of an initialization
 
+    def apart(shapes, scores, k):
+        """Features and parameters for which no score is so near to the k-th largest that a step of the check could exchange them."""
+        while True:
+            x, p = n(3, 2, 7, 6), parameters(shapes)
+            S = np.sort(scores(x, p))
+            if k == S.shape[-1] or (S[..., -k] - S[..., -k - 1]).min() > 0.01:
+                return x, p
+
     switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static)
                 for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
         label = "fast weight" if config.rank == 9 else f"{config.affinity}, {config.level}, static {config.static or 'none'}"
-        gap = 0
-        while gap < 0.01:                     # no affinity so near to the k-th that a step of the check could exchange them
-            x, p = n(3, 2, 7, 6), parameters(cea.shapes(6, config))
-            S = np.sort(cea.anatomy(cea.cea(x, p, replace(config, affinity="signed", level="token"))[1])["S"])
-            gap = (S[..., -config.topk] - S[..., -config.topk - 1]).min() if config.affinity == "topk" else 1
+        signed, kept = replace(config, affinity="signed", level="token"), config.topk if config.affinity == "topk" else config.rank
+        x, p = apart(cea.shapes(6, config), lambda x, p: cea.anatomy(cea.cea(x, p, signed)[1])["S"], kept)
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: cea.cea(x, p, c, ops), cea.cea_backward, x, p)
+
+    rivals = {"mlp": MLPConfig(hidden=4), "descriptor": DescriptorConfig(hidden=4), "prompt": PromptConfig(3, 4, 2, hidden=5)}
+    for name, config in rivals.items():
+        _, shapes, _, forward, backward = FAMILIES[name]
+        yield name, 1e-6, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward, n(3, 2, 7, 6), parameters(shapes(6, config)))
+    for level, k in product(("image", "token"), (1, 2, 3)):
+        config = ExpertsConfig(3, k, 2, level, balance=0)              # a balance is in the gradient alone: see tests/test_adapters.py
+        x, p = apart(adapters.experts_shapes(6, config), lambda x, p: adapters.experts(x, p, config)[1][3], k)
+        yield (f"experts ({level}, top-{k})", 1e-6,
+               *module(lambda x, p, c=config: adapters.experts(x, p, c, ops), adapters.experts_backward, x, p))
 
     yield "nafblock", 1e-6, *module(lambda x, p: nafnet.nafblock(x, p, ops), nafnet.nafblock_backward,
                                     n(2, 3, 7, 5), parameters(nafnet.block_shapes(5)))
 
-    small = NAFNetConfig(width=4, middle=1, cea=CEAConfig(rank=3, heads=2))
+    small = NAFNetConfig(width=4, middle=1, adapter=CEAConfig(rank=3, heads=2))
     for label, config, forward, backward in (
-            ("nafnet (none)", replace(small, adapter="none", unshuffle=1), nafnet.nafnet, nafnet.nafnet_backward),
+            ("nafnet (none)", replace(small, adapter=None, unshuffle=1), nafnet.nafnet, nafnet.nafnet_backward),
             ("nafnet (cea, centered)", small, nafnet.centered, nafnet.centered_backward)):
         yield label, 1e-5, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
                                    n(2, 5, 9, 3), parameters(nafnet.shapes(config)))

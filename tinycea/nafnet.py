@@ -1,44 +1,43 @@
 """The backbone: NAFNet (Chen et al. 2022), name for name, with adapter slots after its stages and a pixel-unshuffled input.
 
-With `adapter="none", unshuffle=1` this IS NAFNet. Two choices are ours: `unshuffle=2` feeds 2 x 2 pixels as channels and shuffles
+With `adapter=None, unshuffle=1` this IS NAFNet. Two choices are ours: `unshuffle=2` feeds 2 x 2 pixels as channels and shuffles
 the result back (FFDNet, Zhang et al. 2018: a quarter of the tokens), and an adapter may follow any stage.
 """
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
 from . import cea
+from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
 from .cea import CEAConfig
 from .errors import InputError
 from .ops import cpu
 from .params import Params, copy_into, load, save, under
-
-ADAPTERS = {"none": None, "cea": CEAConfig(),
-            "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
-            "cea-image": CEAConfig(level="image"),
-            "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU")}
-
 
 @dataclass(frozen=True)
 class NAFNetConfig:
     """The network's shape; InputError where it makes no sense. The default is the toy model: 74 thousand parameters, CEA everywhere.
 
     width: channels of the first stage, doubled by each down step. encoders, decoders: blocks per stage. middle: blocks between.
-    unshuffle: 1 (NAFNet) or the factor of the pixel unshuffle. adapter: "none" or "cea", with the switches in `cea`.
+    unshuffle: 1 (NAFNet) or the factor of the pixel unshuffle. adapter: a configuration of one of `adapters.FAMILIES`, or None.
     slots: stages followed by an adapter ("encoders.0", "middle_blks", ...); None means all.
+    sca: whether NAFBlocks keep their channel attention, which is itself an image-wide descriptor.
     """
     width: int = 24
     encoders: tuple = (1,)
     middle: int = 2
     decoders: tuple = (1,)
     unshuffle: int = 2
-    adapter: str = "cea"
+    adapter: object = CEAConfig()
     slots: tuple | None = None
-    cea: CEAConfig = CEAConfig()
+    sca: bool = True
 
     def __post_init__(self):
-        if self.adapter not in ("none", "cea"):
-            raise InputError(f"adapter is {self.adapter!r}: choose 'none' or 'cea'")
+        if self.adapter is not None and family(self.adapter) is None:
+            raise InputError(f"adapter is {self.adapter!r}: expected None or a configuration of {', '.join(FAMILIES)}")
+        if not isinstance(self.sca, bool):
+            raise InputError(f"sca is {self.sca!r}: expected true or false")
         for name, low in (("width", 1), ("encoders", 0), ("middle", 0), ("decoders", 0), ("unshuffle", 1)):
             for n in np.atleast_1d(getattr(self, name)).tolist():
                 if not isinstance(n, int) or n < low:
@@ -58,18 +57,48 @@ class NAFNetConfig:
 
     def adapted(self):
         """Names of the stages that an adapter follows, in the order of the forward pass."""
-        return () if self.adapter == "none" else tuple(s for s in self.stages() if self.slots is None or s in self.slots)
+        return () if self.adapter is None else tuple(s for s in self.stages() if self.slots is None or s in self.slots)
 
     def multiple(self):
         """Height and width are padded to a multiple of this many pixels."""
         return self.unshuffle * 2**len(self.encoders)
 
 
+# Names for the command line. The rivals' sizes match CEA's number of parameters within 5 % in the default network, see `compare`.
+ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27)} | {
+    name: NAFNetConfig(adapter=adapter) for name, adapter in {
+        "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
+        "cea-image": CEAConfig(level="image"),
+        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU"),
+        "static": CEAConfig(static="AU", rank=76), "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
+        "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
+
+
 def by_adapter(name):
-    """The default network with the adapter called `name`: one of ADAPTERS, else InputError."""
+    """The network called `name`: one of ADAPTERS, with options of its adapter or of NAFNetConfig as in "cea:rank=16,sca=false".
+
+    slots are joined by +, as in "cea:slots=encoders.0+middle_blks". InputError for an unknown name, option or value.
+    """
+    name, _, options = name.partition(":")
     if name not in ADAPTERS:
         raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
-    return NAFNetConfig(adapter="none") if name == "none" else NAFNetConfig(cea=ADAPTERS[name])
+    config = ADAPTERS[name]
+    own, network = ([field.name for field in fields(c)] if c else [] for c in (config.adapter, config))
+    for option in filter(None, options.split(",")):
+        key, _, text = option.partition("=")
+        if key not in own + network or key == "adapter":
+            raise InputError(f"unknown option {option!r} of adapter {name}: choose among {', '.join(own + network)}")
+        value = tuple(text.split("+")) if key == "slots" else _literal(text)
+        config = replace(config, adapter=replace(config.adapter, **{key: value})) if key in own else replace(config, **{key: value})
+    return config
+
+
+def _literal(text):
+    """A number, true or false; any other text is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
@@ -78,11 +107,11 @@ def _conv(name, I, O, k=1, bias=True):
     return {f"{name}.weight": (O, I, k, k)} | ({f"{name}.bias": (O,)} if bias else {})
 
 
-def block_shapes(C):
-    """Names and shapes of one NAFBlock on C channels, in PyTorch's layout."""
+def block_shapes(C, sca=True):
+    """Names and shapes of one NAFBlock on C channels, in PyTorch's layout, with or without channel attention."""
     norms = {f"norm{i}.{name}": (C,) for i in (1, 2) for name in ("weight", "bias")}
     return ({"beta": (1, C, 1, 1), "gamma": (1, C, 1, 1)} | norms
-            | _conv("conv1", C, 2 * C) | _conv("conv2", 1, 2 * C, 3) | _conv("conv3", C, C) | _conv("sca.1", C, C)
+            | _conv("conv1", C, 2 * C) | _conv("conv2", 1, 2 * C, 3) | _conv("conv3", C, C) | (_conv("sca.1", C, C) if sca else {})
             | _conv("conv4", C, 2 * C) | _conv("conv5", C, C))
 
 
@@ -95,9 +124,9 @@ def shapes(config):
         result |= _conv(f"downs.{i}", deep // 2, deep, 2)
         result |= _conv(f"ups.{len(config.encoders) - 1 - i}.0", deep, 2 * deep, bias=False)
     for name, (C, blocks) in config.stages().items():
-        result |= {f"{name}.{j}.{key}": shape for j in range(blocks) for key, shape in block_shapes(C).items()}
+        result |= {f"{name}.{j}.{key}": shape for j in range(blocks) for key, shape in block_shapes(C, config.sca).items()}
         if name in config.adapted():
-            result |= {f"adapters.{name}.{key}": shape for key, shape in cea.shapes(C, config.cea).items()}
+            result |= {f"adapters.{name}.{key}": shape for key, shape in family(config.adapter).shapes(C, config.adapter).items()}
     return result
 
 
@@ -113,7 +142,7 @@ def init(config, rng, dtype=np.float32):
             if name[:-6] + "bias" in p:
                 p[name[:-6] + "bias"][...] = rng.uniform(-bound, bound, len(value))
     for stage in config.adapted():
-        cea.init(under(p, f"adapters.{stage}"), rng)
+        family(config.adapter).init(under(p, f"adapters.{stage}"), rng)
     return p
 
 
@@ -127,7 +156,7 @@ def load_nafnet_state(mapping, p):
 
 def save_model(path, p, config, **metadata):
     """Write parameters and their configuration to a safetensors file."""
-    save(path, p, config=asdict(config), **metadata)
+    save(path, p, config=to_dict(config), **metadata)
 
 
 def load_model(path):
@@ -142,22 +171,38 @@ def load_model(path):
     return p, config
 
 
+def to_dict(config):
+    """A NAFNetConfig as JSON takes it; the adapter's dict names its family."""
+    names = {family.config: name for name, family in FAMILIES.items()}
+    adapter = config.adapter and {"family": names[type(config.adapter)]} | asdict(config.adapter)
+    return asdict(config) | {"adapter": adapter}
+
+
 def from_dict(values):
-    """The NAFNetConfig whose `asdict` went through JSON (lists become tuples again)."""
+    """The NAFNetConfig whose `to_dict` went through JSON (lists become tuples again)."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return NAFNetConfig(**values | {"cea": CEAConfig(**values["cea"])})
+    if values["adapter"] is not None:
+        options = dict(values["adapter"])
+        values["adapter"] = FAMILIES[options.pop("family")].config(**options)
+    return NAFNetConfig(**values)
 
 
 # ---- one block -------------------------------------------------------------------------------------------------------
 
 def nafblock(x, p, ops=cpu, keep=True):
-    """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache."""
+    """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache.
+
+    Where p has no sca.1, conv3 reads the gate's output as it is.
+    """
     caches, layer = _layers(keep)
     u = layer("conv1", ops.norm_conv1x1(x, p["norm1.weight"], p["norm1.bias"], p["conv1.weight"], p["conv1.bias"]))
     u = layer("conv2", ops.gated_depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
-    s = layer("pool", ops.global_average_pool(u))
-    s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
-    y = x + layer("conv3", ops.attended_conv1x1(u, s, p["conv3.weight"], p["conv3.bias"], p["beta"]))
+    if "sca.1.weight" in p:
+        s = layer("pool", ops.global_average_pool(u))
+        s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
+        y = x + layer("conv3", ops.attended_conv1x1(u, s, p["conv3.weight"], p["conv3.bias"], p["beta"]))
+    else:
+        y = x + layer("conv3", ops.scaled_conv1x1(u, p["conv3.weight"], p["conv3.bias"], p["beta"]))
     u = layer("conv4", ops.norm_conv1x1(y, p["norm2.weight"], p["norm2.bias"], p["conv4.weight"], p["conv4.bias"]))
     u = layer("sg2", ops.simple_gate(u))
     z = y + layer("conv5", ops.scaled_conv1x1(u, p["conv5.weight"], p["conv5.bias"], p["gamma"]))
@@ -170,10 +215,13 @@ def nafblock_backward(dz, cache, g):
     du = _add(g, ops.scaled_conv1x1_backward(dz, c["conv5"]), "conv5.weight", "conv5.bias", "gamma")
     du = ops.simple_gate_backward(du, c["sg2"])
     dy = dz + _add(g, ops.norm_conv1x1_backward(du, c["conv4"]), "norm2.weight", "norm2.bias", "conv4.weight", "conv4.bias")
-    du, ds, *rest = ops.attended_conv1x1_backward(dy, c["conv3"])
-    _add(g, (du, *rest), "conv3.weight", "conv3.bias", "beta")
-    ds = _add(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
-    du = du + ops.global_average_pool_backward(ds, c["pool"])
+    if "sca.1" in c:
+        du, ds, *rest = ops.attended_conv1x1_backward(dy, c["conv3"])
+        _add(g, (du, *rest), "conv3.weight", "conv3.bias", "beta")
+        ds = _add(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
+        du = du + ops.global_average_pool_backward(ds, c["pool"])
+    else:
+        du = _add(g, ops.scaled_conv1x1_backward(dy, c["conv3"]), "conv3.weight", "conv3.bias", "beta")
     du = _add(g, ops.gated_depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
     return dy + _add(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
 
@@ -262,7 +310,7 @@ def centered_backward(dy, cache, g):
 def anatomies(cache):
     """What each CEA layer of a forward pass (with keep=True) wrote: stage -> the S, A, U and P of `cea.anatomy`."""
     caches, config, _ = cache
-    return {stage: cea.anatomy(caches[stage][-1]) for stage in config.adapted()}
+    return {stage: cea.anatomy(caches[stage][1]) for stage in config.adapted()}
 
 
 def _pad(image, config):
@@ -278,14 +326,14 @@ def _stage(x, p, name, config, ops, keep):
         x, cache = nafblock(x, under(p, f"{name}.{j}"), ops, keep)
         caches.append(cache)
     if name in config.adapted():
-        x, adapter = cea.cea(x, under(p, f"adapters.{name}"), config.cea, ops)
-    return x, (caches, adapter)
+        x, adapter = family(config.adapter).forward(x, under(p, f"adapters.{name}"), config.adapter, ops)
+    return x, (caches, adapter, config)
 
 
 def _stage_backward(dx, cache, g, name):
-    caches, adapter = cache
+    caches, adapter, config = cache
     if adapter is not None:
-        dx = cea.cea_backward(dx, adapter, under(g, f"adapters.{name}"))
+        dx = family(config.adapter).backward(dx, adapter, under(g, f"adapters.{name}"))
     for j in reversed(range(len(caches))):
         dx = nafblock_backward(dx, caches[j], under(g, f"{name}.{j}"))
     return dx

@@ -97,3 +97,31 @@ def demo(degraded, restored, clean, mask, names, path):
             psnr = -10 * np.log10(np.mean((image - clean)[label == k] ** 2))
             _label(axes, label == k, f"{name}\n{psnr:.1f} dB")
     _save(figure, path)
+
+
+def cost(results, path):
+    """PSNR of `compare.rows` against multiplications a pixel, one panel per suite, a bar of one standard deviation over seeds."""
+    suites = list(dict.fromkeys(row["suite"] for row in results if row["steps"]))
+    figure = Figure((4.4 * len(suites), 3.8), layout="constrained")
+    for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
+        for i, row in enumerate(row for row in results if row["suite"] == suite and row["steps"]):
+            axes.errorbar(row["multiplications"], row["psnr"], row["sd"] or 0, fmt="osD^v<>P*X"[i // 10 % 10], color=f"C{i % 10}",
+                          capsize=2, label=row["adapter"])
+        axes.set(title=suite, xlabel="multiplications per pixel", ylabel="PSNR (dB)")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def strip(examples, path):
+    """One row per example of `compare.examples`, a dict of title -> (image, PSNR or None); same size in a row."""
+    columns = max(map(len, examples))
+    figure = Figure((1.9 * columns, 2.3 * len(examples)), layout="constrained")
+    grid = figure.subplots(len(examples), columns, squeeze=False)
+    for row, images in zip(grid, examples):
+        for axes in row[len(images):]:
+            axes.axis("off")
+        for axes, (title, (image, psnr)) in zip(row, images.items()):
+            _show(axes, image, title, "" if psnr is None else f"{psnr:.2f} dB")
+            axes.title.set_fontsize(8)
+    _save(figure, path)

@@ -407,6 +407,71 @@ def token_mean_backward(dS, cache):
     return token_mean(dS)[0]
 
 
+# ---- what CEA is compared with ----------------------------------------------------------------------------------------
+
+def _bilinear(n, size, like):
+    """(n,size): the weights of `size` cells at each of n pixels, a hat around the pixel's place; centers aligned, edges repeated."""
+    place = np.clip((np.arange(n) + 0.5) * size / n - 0.5, 0, size - 1)
+    return np.asarray(np.maximum(0, 1 - abs(place[:, None] - np.arange(size))), like.dtype, like=like)
+
+
+def resize(x, H, W):
+    """Bilinear resizing, y = R x C^T in each channel (PyTorch's interpolate without align_corners). x (B,h,w,C) -> (B,H,W,C)."""
+    B, h, w, C = x.shape
+    R, columns = _bilinear(H, h, x), _bilinear(W, w, x)
+    return columns @ (R @ x.reshape(B, h, w * C)).reshape(B, H, w, C), (R, columns)
+
+
+def resize_backward(dy, cache):
+    """dx = R^T dy C."""
+    R, columns = cache
+    B, H, _, C = dy.shape
+    drows = columns.T @ dy                                                      # (B,H,w,C)
+    return (R.T @ drows.reshape(B, H, -1)).reshape(B, R.shape[1], -1, C)
+
+
+def keep_topk(p, k):
+    """The k largest entries along the last axis, the others zero; entries equal to the k-th are all kept. p (...,E)."""
+    kept = p >= np.partition(p, -k, -1)[..., -k, None]
+    return p * kept, (kept,)
+
+
+def keep_topk_backward(dy, cache):
+    """dp = dy where kept."""
+    (kept,) = cache
+    return dy * kept
+
+
+def gate_experts(S, G):
+    """Each expert's r affinities times its gate. S (B,N,E r), G (B,N,E), or (B,1,E) for all tokens -> (B,N,E r)."""
+    B, N, _ = S.shape
+    T = S.reshape(B, N, G.shape[-1], -1) * G[..., None]
+    return T.reshape(S.shape), (S, G)
+
+
+def gate_experts_backward(dT, cache):
+    """dS = dT G, dG = sum of dT S over the expert's affinities, and over tokens where they share a gate."""
+    S, G = cache
+    dG = (dT * S).reshape(*S.shape[:2], G.shape[-1], -1).sum(-1)
+    return gate_experts(dT, G)[0], dG.sum(1, keepdims=True) if G.shape[1] == 1 else dG
+
+
+def load_balance(p):
+    """CV^2/2 of the experts' loads: the variance over e of I_e = sum of p (...,E), over twice the square of its mean -> scalar.
+
+    Source: the importance loss of Shazeer et al. 2017. Zero when all experts are used alike.
+    """
+    load = p.reshape(-1, p.shape[-1]).sum(0)
+    return ((load / load.mean() - 1)**2).mean() / 2, (p.shape, load)
+
+
+def load_balance_backward(dy, cache):
+    """With z = I / mean(I): dI = (z - mean(z^2)) / (E mean(I)), the same for all that were added."""
+    shape, load = cache
+    z = load / load.mean()
+    return np.broadcast_to((z - (z * z).mean()) * (dy / (load.size * load.mean())), shape)
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 def _error(pred, target):

@@ -1,0 +1,171 @@
+"""The comparison: a run in it is `tinycea train`'s, nothing is trained twice, Ctrl-C loses nothing, and the statistics are what they say."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from tinycea import cli, compare, train
+from tinycea.errors import InputError
+from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter, load_model, shapes
+
+RECIPES = [replace(recipe, scenes=2, batch=2, patch=16)
+           for recipe in compare.grid(["patchwork"], ["wider", "cea"], seeds=1, steps=[7])]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Three crops instead of all images, where this process tests."""
+    few = compare.degraded("patchwork", "test", "crops")[:3]
+    monkeypatch.setattr(compare, "degraded", lambda *which: few)
+
+
+def cell(folder, recipes=RECIPES, **settings):
+    """The lines of one cell, trained in this process."""
+    compare.make_folder(folder / "models")
+    return [message for message in compare.train_cell(recipes, folder, "test", **settings) if isinstance(message, dict)]
+
+
+def weights(folder, recipe):
+    return load_model(folder / "models" / f"{compare.name([recipe])}.safetensors")[0].flat.tobytes()
+
+
+def test_a_run_of_the_comparison_is_a_run_of_train(tmp_path, monkeypatch):
+    lines = cell(tmp_path)
+    monkeypatch.setattr(train, "held_out", lambda entries, *rest: [])
+    monkeypatch.setattr(train, "finish", lambda recipe, config, p, *rest: p.flat.tobytes())
+    for recipe, line in zip(RECIPES, lines):
+        assert line["recipe"] == asdict(recipe) and line["milliseconds_per_step"] > 0
+        assert train.train(recipe, tmp_path / recipe.adapter) == weights(tmp_path, recipe)
+
+
+def test_a_stopped_cell_goes_on_where_it_was(tmp_path):
+    whole = cell(tmp_path / "whole")
+    asked = iter([False, False, False, True, True])
+    assert cell(tmp_path / "cut", stopped=lambda: next(asked)) == []
+    assert [file.suffixes for file in (tmp_path / "cut" / "models").iterdir()] == [[".state", ".safetensors"]]
+    lines = cell(tmp_path / "cut")
+    assert [line["psnr"] for line in lines] == [line["psnr"] for line in whole]
+    assert all(weights(tmp_path / "cut", recipe) == weights(tmp_path / "whole", recipe) for recipe in RECIPES)
+    assert not list((tmp_path / "cut" / "models").glob("*.state*"))
+
+
+def test_cells_share_their_batches_and_stay_small():
+    recipes = compare.grid(["aio5", "cdd11"], ["cea", "mlp", "none:width=8"], seeds=2, steps=[100, 6000])
+    found = list(compare.cells(recipes))
+    assert sorted(map(str, sum(found, []))) == sorted(map(str, recipes))
+    for members in found:
+        assert len({replace(recipe, adapter="", adapter_lr=0) for recipe in members}) == 1
+        assert len(members) * members[0].steps <= compare.TOGETHER
+    assert len(found) == 2 * 2 * (1 + 3)
+
+
+def test_rates_are_the_tuned_ones_unless_typed():
+    assert [recipe.adapter_lr for recipe in compare.grid(["aio5"], ["prompt:hidden=7"], 1)] == [train.ADAPTER_LR["prompt"]]
+    assert [recipe.adapter_lr for recipe in compare.grid(["aio5"], ["cea"], 1, rates=[0.5, 2])] == [0.5, 2]
+
+
+@pytest.mark.parametrize("sca", ["", ":sca=false"])
+def test_headline_networks_are_matched_in_parameters(sca):
+    sizes = {name: sum(map(math.prod, shapes(by_adapter(name + sca)).values())) for name in compare.HEADLINE}
+    assert all(abs(n / sizes["cea"] - 1) < 0.05 for n in sizes.values()), sizes
+
+
+def test_every_preset_has_a_rate():
+    assert set(train.ADAPTER_LR) == set(ADAPTERS)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+COMMAND = ["compare", "--suites", "patchwork", "--adapters", "wider", "cea", "--seeds", "1"]
+
+
+def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
+    for _ in range(2):
+        assert cli.main(["compare", "--quick", "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert said.count("minus CEA's") == 2 and all(row in said for row in ("degraded", "total variation", "non-local means", "wider", "cea"))
+        assert {file.name for file in tmp_path.iterdir()} == {"runs.jsonl", "models", "cost.png", "strip.png"}
+        lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+        assert len(lines) == 5 and len(list((tmp_path / "models").iterdir())) == 2
+        assert {json.loads(line)["recipe"]["adapter"] for line in lines} == {"degraded", *compare.CLASSICAL, "wider", "cea"}
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "-m", "tinycea.cli", *COMMAND, "--steps", "100", "--split", "validation", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+    assert list((tmp_path / "models").iterdir())                           # the state of a cell, or finished models
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "wider" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(list(line["psnr"]) == list(compare.VIEWS) for line in lines)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--suites", "aio9"], "unknown suite 'aio9'"), (["--adapters", "cea", "ceaa"], "unknown adapter 'ceaa'"),
+    (["--adapters", "cea:depth=2"], "unknown option 'depth=2'"), (["--adapters", "cea:rank=0"], "expected a positive integer"),
+    (["--seeds", "0"], "positive integer"), (["--steps", "many"], "positive integer"), (["--rates", "-1"], "positive number"),
+    (["--split", "train"], "invalid choice"), (["--jobs", "0"], "positive integer")])
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+    assert cli.main(["compare", "--out", str(tmp_path / "new"), *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_damaged_lines_are_refused(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"recipe": {"sui')
+    with pytest.raises(InputError, match="runs.jsonl: not lines of JSON"):
+        compare.compare(RECIPES, tmp_path)
+
+
+# ---- the statistics --------------------------------------------------------------------------------------------------
+
+def lines(**means):
+    """Lines of two seeds, three photographs, two entries: adapter's mean + seed + 10 photograph + 100 entry."""
+    return [{"recipe": {"suite": "aio5", "steps": 5, "seed": seed, "adapter": adapter, "adapter_lr": 0.1}, "split": "test", "parameters": 1,
+             "multiplications_per_pixel": 2, "milliseconds_per_step": seed,
+             "psnr": {"photographs": {f"e{e}": {f"p{f}": mean + seed + 10 * f + 100 * e for f in range(3)} for e in range(2)}}}
+            for adapter, mean in means.items() for seed in (0, 1)]
+
+
+def test_rows_are_paired_by_seed_and_photograph():
+    cea, other = compare.rows(lines(cea=20, wider=21.5))
+    assert (cea["psnr"], other["psnr"]) == (80.5, 82) and cea["sd"] == pytest.approx(0.5**0.5) and "minus_cea" not in cea
+    assert other["minus_cea"] == {name: (1.5, 1.5, 1.5) for name in ("all", "e0", "e1")}      # all else cancels
+    assert other["entries"] == {"e0": 32, "e1": 132} and other["seeds"] == [0, 1] and other["milliseconds"] == 0.5
+
+
+def test_a_seed_that_cea_lacks_is_left_out_of_the_difference():
+    found = lines(cea=20, wider=21.5)
+    cea, other = compare.rows(found[:1] + found[2:])
+    assert other["minus_cea"]["all"] == (1.5, 1.5, 1.5) and cea["sd"] is None
+
+
+def test_interval_is_as_wide_as_seeds_and_photographs_make_it():
+    """Against the normal approximation: differences a_s + b_f have a variance of var(a)/S + var(b)/F."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 1)), 2 * rng.normal(size=(1, 30))
+    low, high = compare.interval(0.3 + a + b)
+    half = 1.96 * np.sqrt(a.var() / 40 + b.var() / 30)
+    assert low < (0.3 + a + b).mean() < high and (high - low) / 2 == pytest.approx(half, rel=0.05)
+    assert compare.interval(np.full((5, 3), 0.7)) == pytest.approx([0.7, 0.7])
+
+
+def test_multiplications_are_counted():
+    """A network of one block by hand: every product of the definitions in ops.reference."""
+    C, N, image = 5, 8 * 8, 3
+    config = NAFNetConfig(C, (), 1, (), 1, None)
+    convolutions = N * (9 * image * C + 9 * C * image) + N * (C * 2 * C + 9 * 2 * C + C * C + C * 2 * C + C * C) + C * C
+    norms = 2 * N * (C + C + C + 1)           # squares, xhat, weight; eps and mean count nothing
+    gates = 2 * N * C + N * C                 # two gates, one channel scaling
+    scaled = 2 * (C * C + C)                  # beta and gamma times weights and biases
+    found = compare.multiplications(config, side=8) * N
+    assert abs(found - (convolutions + norms + gates + scaled)) <= N + 2 * N
