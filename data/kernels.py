@@ -8,39 +8,38 @@ from importlib.metadata import version
 import numpy as np
 from cudacpu import cupy, nvrtc
 
+from tinycea.bench import floors
+
 N, C, R, HEADS = 2**20, 128, 16, 4                        # tokens of a megapixel, channels, rank components, heads of the probe
 M = R * HEADS
 WIDE = 32                                                 # rank components from which on tensor cores do the assembly
 SINGLE = np.dtype(np.float32)
 
-# kernel -> numbers it must read and write, and FLOPs: the heads of the files, in figures
-WORK = {"layernorm": (2 * N * C, 8 * N * C), "layernorm_backward": (3 * N * C, 14 * N * C),
-        "probe": (N * C, 4 * N * M * C), "probe_backward": (2 * N * C, 10 * N * M * C),
-        "assembly": (3 * N * C, 4 * N * R * C), "assembly_backward": (3 * N * C, 10 * N * R * C),
-        "assembly_tf32": (3 * N * C, 4 * N * WIDE * C), "assembly_tf32_backward": (3 * N * C, 10 * N * WIDE * C),
-        "depthwise": (2 * N * C, 18 * N * C), "gated_depthwise": (3 * N * C, 38 * N * C), "gated_depthwise_backward": (5 * N * C, 76 * N * C),
-        "scale": (2 * N * C, N * C), "scale_backward": (3 * N * C, 3 * N * C), "adamw": (9 * N, 16 * N)}
+WORK = floors(N, C, R, HEADS)
+WORK |= {f"assembly_tf32{end}": floors(N, C, WIDE)[f"assembly{end}"] for end in ("", "_backward")}
 
 with cupy.installed():
     cuda = importlib.import_module("tinycea.ops.cuda")
     tile, wide = cuda._tile(R, SINGLE), cuda._tile(M, SINGLE)
     templates = {"layernorm": f", {C}", "layernorm_backward": f", {C}", "probe": f", {C}, {M}, {wide}", "probe_backward": f", {C}, {M}, {wide}",
                  "probe_combine": f", {C}", "assembly": f", {C}, {R}, {tile}", "assembly_backward": f", {C}, {R}, {tile}",
+                 "assembly, float16": f", {C}, {R}, {tile}, __half", "assembly_backward, float16": f", {C}, {R}, {tile}, __half",
                  "assembly_tf32": f", {C}, {WIDE}, 64", "assembly_tf32_backward": f", {C}, {WIDE}, 32"}
     files = {"layernorm": ["layernorm", "layernorm_backward"], "probe": ["probe", "probe_combine", "probe_backward"],
-             "assembly": ["assembly", "assembly_backward"], "depthwise": ["depthwise", "gated_depthwise", "gated_depthwise_backward"],
+             "assembly": ["assembly", "assembly_backward", "assembly, float16", "assembly_backward, float16"],
+             "depthwise": ["depthwise", "gated_depthwise", "gated_depthwise_backward"],
              "assembly_tf32": ["assembly_tf32", "assembly_tf32_backward"], "scale": ["scale", "scale_backward"], "column_sum": ["column_sum"], "adamw": ["adamw"]}
     print(f"{'':26s} {'registers':>11s} {'shared':>7s} {'spills':>7s} {'moves':>9s} {'computes':>11s} {'FLOP/byte':>9s}")
     print(f"{'':26s} {'80/90/100':>11s} {'bytes':>7s} {'bytes':>7s}")
     for file, kernels in files.items():
-        names = [f"{kernel}<float{templates.get(kernel, '')}>" for kernel in kernels]
-        costs = [nvrtc.compile(cuda.source(file), names, arch) for arch in nvrtc.ARCHITECTURES]
+        names = [f"{kernel.split(',')[0]}<float{templates.get(kernel, '')}>" for kernel in kernels]
+        costs = [nvrtc.compile("#include <cuda_fp16.h>\n" + cuda.source(file), names, arch) for arch in nvrtc.ARCHITECTURES]
         for kernel, name in zip(kernels, names):
             registers = "/".join(str(cost[name]["registers"]) for cost in costs)
             shared, spills = (max(cost[name][what] for cost in costs) for what in ("shared", "spills"))
             line = f"{kernel:26s} {registers:>11s} {shared:7d} {spills:7d}"
-            if kernel in WORK:
-                numbers, flops = WORK[kernel]
-                line += f" {4 * numbers / 1e6:6.0f} MB {flops / 1e9:6.1f} GFLOP {flops / (4 * numbers):9.1f}"
+            if kernel.split(",")[0] in WORK:
+                (numbers, flops), size = WORK[kernel.split(",")[0]], 2 if "float16" in kernel else 4
+                line += f" {size * numbers / 1e6:6.0f} MB {flops / 1e9:6.1f} GFLOP {flops / (size * numbers):9.1f}"
             print(line)
 print(f"float32, N {N}, C {C}, R {R} (tf32: {WIDE}), {HEADS} heads (adamw: {N} parameters); NVRTC {version('nvidia-cuda-nvrtc')} for sm_80, sm_90, sm_100")

@@ -15,7 +15,7 @@ publish() {                                   # NAME TABLE ARGUMENTS: the table 
 }
 
 mkdir -p runs
-publish tuning rates --split validation --suites aio5 patchwork --adapters cea $rivals --rates 0.1 0.3 1 --seeds 1
+publish tuning rates --split validation --suites aio5 patchwork --adapters cea ${rivals#wider } --rates 0.1 0.3 1 --seeds 1
 publish headline table
 publish headline without-sca --suites aio5 patchwork --adapters $bare
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/

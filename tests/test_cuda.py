@@ -17,7 +17,7 @@ from tinycea.ops import backend, cpu, reference
 
 from cudacpu import cudacpu, cupy, nvrtc
 
-TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+TOLERANCE = {"float16": 2**-11, "float32": 2e-5, "float64": 1e-12}
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +119,45 @@ def test_the_assembly_on_tensor_cores_checked(emulated, monkeypatch):
     assert launched.count("assembly_tf32") == launched.count("assembly_tf32.assembly_tf32_backward") == 2
 
 
+def compare_half(ops, C, N):
+    """The assembly with its tokens in float16, held against reference in float64 on the same, rounded numbers."""
+    arrays = [a.astype(dtype) for a, dtype in zip(parts(C, N, 5).values(), "eeff")]
+    dy = n(2, N, C)[::-1].astype("e")
+    expected, got = ([room.to_host(a) for a in (y, *room.assembly_backward(room.to_device(upstream), cache))]
+                     for room, factors, upstream in ((reference, [a.astype(float) for a in arrays], dy.astype(float)), (ops, arrays, dy))
+                     for y, cache in [room.assembly(*map(room.to_device, factors))])
+    for what, a, b in zip(("y", "x", "xhat", "A", "U"), got, expected):
+        tolerance = TOLERANCE["float32" if what in "AU" else "float16"]        # one rounding to 11 bits, where it is stored
+        assert a.dtype == ("f" if what in "AU" else "e") and np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max()), what
+    return got
+
+
+@pytest.mark.parametrize("C, N", SIZES)
+def test_the_assembly_on_tokens_stored_in_half_precision(ops, C, N):
+    results = []
+    for seed, check in ((0, False), (1, False)) + ((2, True),) * (N < 100):
+        with cupy.schedule(seed=seed, check=check):
+            results.append(compare_half(ops, C, N))
+    for other in results[1:]:
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0], other))
+
+
+def test_half_precision_is_all_tokens_or_none(emulated):
+    x, xhat, A, U = parts(5, 31, 3).values()
+    for dtypes in ("efff", "feff", "eeef", "eefe", "eedd"):
+        with pytest.raises(InputError, match="expected"):
+            emulated.assembly(*(a.astype(dtype) for a, dtype in zip((x, xhat, A, U), dtypes)))
+
+
 MUTANTS = [                                   # file, what is written there, what is broken, the door that must notice
     ("common.cuh", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {\n        __syncthreads();", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {", "assembly"),
     ("common.cuh", "T(0);\n        }\n        __syncthreads();\n        #pragma unroll 8", "T(0);\n        }\n        #pragma unroll 8", "assembly"),
     ("common.cuh", "= scale * s[k];\n    __syncthreads();", "= scale * s[k];", "assembly"),
     ("common.cuh", "token < n && c < C ?", "token <= n && c < C ?", "assembly"),
     ("common.cuh", "SHARES = ALL / ACROSS", "SHARES = ALL", "assembly"),
-    ("assembly.cu", "U[factor + r * C + W::channel(j)]", "U[factor + W::channel(j) * R + r]", "assembly"),
+    ("common.cuh", "factor[r * C + Warps<C>::channel(j)]", "factor[Warps<C>::channel(j) * R + r]", "assembly"),
+    ("common.cuh", "T(rows[(size_t)token * C + c])", "T(rows[(size_t)token * C + c / 2 * 2])", "half"),
+    ("assembly.cu", "dxhat[i] = H(v);", "dxhat[i] = xi;", "half"),
     ("assembly.cu", "da[j][r] += ds[t][r] * xi;", "da[j][r] += s[t][r] * xi;", "assembly"),
     ("assembly.cu", "n0 + t < n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v",
      "n0 + t <= n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v", "assembly"),
@@ -165,6 +197,9 @@ def test_a_broken_kernel_is_seen(emulated, monkeypatch, file, right, wrong, name
                     if name == "tensor cores":
                         compare_on(emulated, "assembly", parts(16, 65, 32), (), "float32")
                         continue
+                    if name == "half":
+                        compare_half(emulated, 33, 65)
+                        continue
                     compare(emulated, name, 33, 65, "float32")
                     compare(emulated, name, 5, 1700, "float32")         # more than one tile for some blocks
     finally:
@@ -183,6 +218,8 @@ def instances(emulated, C, R, heads=4):
                             "probe": (f"probe<{T}, {C}, {heads * R}, {wide}>", f"probe_combine<{T}, {C}>",
                                       f"probe_backward<{T}, {C}, {heads * R}, {wide}>")}.items():
             result.setdefault(file, []).extend(names)
+    tile = emulated._tile(R, np.dtype("f4"))
+    result["assembly"] += [f"{name}<float, {C}, {R}, {tile}, __half>" for name in ("assembly", "assembly_backward")]
     c = 16 * -(-C // 16)                                  # tensor cores: float alone, multiples of 16, R of 32 at least
     result["assembly_tf32"] = [f"assembly_tf32<float, {c}, 32, 64>", f"assembly_tf32_backward<float, {c}, 32, 32>"]
     return result
@@ -197,7 +234,7 @@ def test_every_kernel_compiles_for_gpus_without_spills(emulated, arch, C):
     assert set(named) == {path.stem for path in (Path(emulated.__file__).parent / "kernels").glob("*.cu")}
     for file, names in named.items():
         assert set(re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))) == {name.split("<")[0] for name in names}
-        for name, cost in nvrtc.compile(emulated.source(file), names, arch).items():
+        for name, cost in nvrtc.compile("#include <cuda_fp16.h>\n" + emulated.source(file), names, arch).items():
             assert cost["spills"] == cost["stack"] == 0, (name, cost)
 
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tinycea import nafnet, params
+from tinycea.adapters import ExpertsConfig
 from tinycea.errors import InputError
 from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter, load_model, save_model
 from tinycea.params import Params, copy_into, load, save, under
@@ -128,6 +129,15 @@ def test_model_round_trip(tmp_path, adapter):
     save_model(tmp_path / "model.safetensors", p, config)
     q, found = load_model(tmp_path / "model.safetensors")
     assert found == config and q.flat.tobytes() == p.flat.tobytes() and list(q) == list(p)
+
+
+def test_a_name_with_options():
+    config = by_adapter("experts-token:rank=7,topk=2,width=8,sca=false,slots=encoders.0+middle_blks")
+    assert config == NAFNetConfig(8, adapter=ExpertsConfig(level="token", rank=7, topk=2), sca=False, slots=("encoders.0", "middle_blks"))
+    assert by_adapter("cea:affinity=softmax") == by_adapter("cea-softmax") and by_adapter("none:width=27") == by_adapter("wider")
+    for wrong in ("cea:depth=2", "none:rank=2", "cea:adapter=none", "cea:rank=two", "cea:slots=attic", "mlp:hidden=0", "cea:sca=maybe", "ce"):
+        with pytest.raises(InputError):
+            by_adapter(wrong)
 
 
 def test_file_permissions_follow_the_umask(model):

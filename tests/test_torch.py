@@ -155,6 +155,7 @@ NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, None), 
             "the default": (NAFNetConfig(), (13, 21)),
             "unshuffled by 3, two levels": (NAFNetConfig(4, (1, 1), 1, (1, 1), 3), (13, 25)),
             "CEA and unshuffle 1": (NAFNetConfig(4, (1, 1), 1, (1, 1), 1), (7, 10)),
+            "no channel attention": (NAFNetConfig(4, (1,), 1, (1,), 2, sca=False), (9, 14)),
             "unshuffled, no adapter": (NAFNetConfig(5, (1,), 1, (1,), 2, None), (13, 21))}
 NETWORKS |= {f"slots {' '.join(slots) or 'none'}": (NAFNetConfig(4, (1, 1), 1, (1, 1), 2, slots=slots), (9, 14))
              for slots in ((), ("encoders.0",), ("middle_blks",), ("decoders.1", "encoders.1"))}

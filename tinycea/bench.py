@@ -297,6 +297,16 @@ def bench_gpu(quick=False):
             yield row(f"GPU memory, {label(kind, size)}", memory["tinycea", 1], memory.get(name), rival, "mb")
 
 
+def floors(N, C, R, heads=4):
+    """GPU kernel -> how many numbers it must at least read and write, and how many FLOPs it does: the heads of ops/kernels, in figures."""
+    M = heads * R
+    return {"layernorm": (2 * N * C, 8 * N * C), "layernorm_backward": (3 * N * C, 14 * N * C),
+            "probe": (N * C, 4 * N * M * C), "probe_backward": (2 * N * C, 10 * N * M * C),
+            "assembly": (3 * N * C, 4 * N * R * C), "assembly_backward": (3 * N * C, 10 * N * R * C),
+            "depthwise": (2 * N * C, 18 * N * C), "gated_depthwise": (3 * N * C, 38 * N * C), "gated_depthwise_backward": (5 * N * C, 76 * N * C),
+            "scale": (2 * N * C, N * C), "scale_backward": (3 * N * C, 3 * N * C), "adamw": (9 * N, 16 * N)}
+
+
 def kernels(room, N, C, R):
     """Yield (name, run, numbers): each op with a kernel of its own, and how many numbers it must at least read and write."""
     rng = np.random.default_rng(0)
@@ -304,22 +314,24 @@ def kernels(room, N, C, R):
     def n(*shape):
         return room.to_device(rng.normal(size=shape).astype(np.float32))
 
-    def pair(name, forward, backward, *arguments, dy=None):
-        y, cache = getattr(room, name)(*arguments)
-        dy = room.to_device(np.ones(y.shape, np.float32)) if dy is None else dy
-        yield name, lambda: getattr(room, name)(*arguments), forward
-        yield f"{name}_backward", lambda: getattr(room, f"{name}_backward")(dy, cache), backward
     side = int(N**0.5)
-    image = n(1, side, side, C)
-    tokens, N = image.reshape(1, -1, C), side * side
-    yield from pair("layernorm", 2 * N * C, 3 * N * C, tokens, n(C), n(C))
-    yield from pair("scale_channels", 2 * N * C, 3 * N * C, image, n(1, 1, 1, C))
-    yield from pair("gated_depthwise3x3", 3 * N * C // 2, 5 * N * C // 2, image, n(C, 1, 3, 3), n(C))
-    yield from pair("summarize", N * C, 2 * N * C, tokens, n(C, C), n(C, C), n(R, C), 4)
-    yield from pair("assembly", 3 * N * C, 3 * N * C, tokens, tokens, n(1, R, C), n(1, R, C))
+    image, N = n(1, side, side, C), side * side
+    tokens = image.reshape(1, -1, C)
+
+    def pair(name, kernel, *arguments):
+        y, cache = getattr(room, name)(*arguments)
+        dy, backward = room.to_device(np.ones(y.shape, np.float32)), getattr(room, f"{name}_backward")
+        least = floors(N, y.shape[-1], R)
+        yield name, lambda: getattr(room, name)(*arguments), least[kernel][0]
+        yield f"{name}_backward", lambda: backward(dy, cache), least[f"{kernel}_backward"][0]
+    yield from pair("layernorm", "layernorm", tokens, n(C), n(C))
+    yield from pair("scale_channels", "scale", image, n(1, 1, 1, C))
+    yield from pair("gated_depthwise3x3", "gated_depthwise", image, n(C, 1, 3, 3), n(C))
+    yield from pair("summarize", "probe", tokens, n(C, C), n(C, C), n(R, C), 4)
+    yield from pair("assembly", "assembly", tokens, tokens, n(1, R, C), n(1, R, C))
     flat = [n(N * C // 8) for _ in range(4)]
     flat[3] = abs(flat[3])
-    yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), 9 * flat[0].size
+    yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), floors(flat[0].size, C, R)["adamw"][0]
 
 
 def peak(what, kind, size, runs, *settings):

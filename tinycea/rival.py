@@ -17,17 +17,17 @@ class LayerNorm2d(nn.Module):
 
 
 class NAFBlock(nn.Module):
-    def __init__(self, C):
+    def __init__(self, C, sca=True):
         super().__init__()
         self.conv1, self.conv2, self.conv3 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C), nn.Conv2d(C, C, 1)
-        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1))
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1)) if sca else None
         self.conv4, self.conv5 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(C, C, 1)
         self.norm1, self.norm2 = LayerNorm2d(C), LayerNorm2d(C)
         self.beta, self.gamma = nn.Parameter(torch.zeros(1, C, 1, 1)), nn.Parameter(torch.zeros(1, C, 1, 1))
 
     def forward(self, x):
         u = gate(self.conv2(self.conv1(self.norm1(x))))
-        y = x + self.beta * self.conv3(u * self.sca(u))
+        y = x + self.beta * self.conv3(u * self.sca(u) if self.sca else u)
         return y + self.gamma * self.conv5(gate(self.conv4(self.norm2(y))))
 
 
@@ -67,7 +67,7 @@ class NAFNet(nn.Module):
         self.unshuffle, self.multiple = config.unshuffle, config.multiple()
         self.adapters = nn.ModuleDict({stage.replace(".", "/"): module for stage, module in adapters.items()})
         self.intro, self.ending = nn.Conv2d(image, width, 3, padding=1), nn.Conv2d(width, image, 3, padding=1)
-        stages = {name: nn.Sequential(*(NAFBlock(C) for _ in range(blocks))) for name, (C, blocks) in config.stages().items()}
+        stages = {name: nn.Sequential(*(NAFBlock(C, config.sca) for _ in range(blocks))) for name, (C, blocks) in config.stages().items()}
         self.encoders, self.decoders = (nn.ModuleList(stages[f"{side}.{i}"] for i in range(levels)) for side in ("encoders", "decoders"))
         self.middle_blks = stages["middle_blks"]
         self.downs = nn.ModuleList(nn.Conv2d(width * 2**i, width * 2**(i + 1), 2, 2) for i in range(levels))

@@ -14,6 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 from . import reference
 from .reference import *
 
+reference._of_room(globals(), "conv1x1", "gated_depthwise3x3")
+
 TILE = 2**18                                  # numbers in a tile: 1 MB in float32; smaller ones cost more calls than the cache saves
 
 
@@ -93,16 +95,6 @@ def linear_backward(dy, cache):
     x, weight, bias = cache
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return (drows @ weight.T).reshape(x.shape), _gram(rows[None], drows[None])[0], None if bias is None else _sum(drows)
-
-
-def conv1x1(x, weight, bias=None):
-    """`linear` of this file."""
-    return linear(x, weight[:, :, 0, 0].T, bias)
-
-
-def conv1x1_backward(dy, cache):
-    dx, dweight, dbias = linear_backward(dy, cache)
-    return dx, dweight.T[:, :, None, None], dbias
 
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
@@ -276,18 +268,6 @@ def simple_gate_backward(dy, cache):
     """Written where it belongs in one call: half the time."""
     (halves,) = cache
     return np.einsum("nkc,nc->nkc", halves[:, ::-1], dy.reshape(-1, dy.shape[-1])).reshape(*dy.shape[:-1], -1)
-
-
-def gated_depthwise3x3(x, weight, bias):
-    """Reference's composition, of this file's ops."""
-    f, c_conv = depthwise3x3(x, weight, bias)
-    y, c_gate = simple_gate(f)
-    return y, (c_conv, c_gate)
-
-
-def gated_depthwise3x3_backward(dy, cache):
-    c_conv, c_gate = cache
-    return depthwise3x3_backward(simple_gate_backward(dy, c_gate), c_conv)
 
 
 def global_average_pool(x):

@@ -14,7 +14,10 @@ from ..errors import InputError
 from . import reference
 from .reference import *
 
+reference._of_room(globals(), "norm_conv1x1", "attended_conv1x1")
+
 TYPES = {"float32": "float", "float64": "double"}
+HALF = {"assembly": (0, 1, 2), "assembly_backward": (0, 2, 3)}                  # arguments that may be stored in float16, all or none
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
@@ -28,24 +31,29 @@ def source(file):
 @cache
 def _kernel(file, name, device):
     """A kernel, compiled on first use for a device: CUDA's template name, such as "layernorm<float, 48>"."""
-    return cp.RawModule(code=source(file), options=("-std=c++17",), name_expressions=[name]).get_function(name)
+    half = "#include <cuda_fp16.h>\n" if "__half" in name else ""
+    return cp.RawModule(code=half + source(file), options=("-std=c++17",), name_expressions=[name]).get_function(name)
 
 
 def _launch(kernel, template, grid, block, outputs, *inputs):
     """Launch `kernel` ("file" or "file.kernel"), with its template arguments after the type: written arrays, then read ones and numbers.
 
     CuPy checks nothing and ignores strides. So the first output's type picks the instance, and everything must be of it; outputs must be
-    contiguous, inputs are made so; an int becomes an int, a float a number of that type. InputError for anything else.
+    contiguous, inputs are made so; an int becomes an int, a float a number of that type. Where HALF allows float16, what is not stored
+    in it is float32. InputError for anything else.
     """
     file, name = kernel.split(".") if "." in kernel else (kernel, kernel)
-    dtype = outputs[0].dtype
+    stored = outputs[0].dtype
+    half = HALF.get(name, ()) if stored == np.float16 else ()
+    dtype = np.dtype(np.float32) if half else stored
     if dtype.name not in TYPES:
         raise InputError(f"{name} takes float32 or float64 arrays, not {dtype}")
     arguments = []
     for i, a in enumerate((*outputs, *inputs)):
         if isinstance(a, cp.ndarray):
-            if a.dtype != dtype:
-                raise InputError(f"{name} got {a.dtype} {a.shape} as argument {i}: expected {dtype}")
+            expected = stored if i in half else dtype
+            if a.dtype != expected:
+                raise InputError(f"{name} got {a.dtype} {a.shape} as argument {i}: expected {expected}")
             if i < len(outputs) and not a.flags.c_contiguous:
                 raise InputError(f"{name} writes to argument {i}, which is not contiguous")
             arguments.append(cp.ascontiguousarray(a))
@@ -55,7 +63,7 @@ def _launch(kernel, template, grid, block, outputs, *inputs):
             arguments.append(dtype.type(a))
         else:
             raise InputError(f"{name} got {a!r} as argument {i}: expected an array on the GPU, a float, or an integer below 2^31")
-    instance = ", ".join([TYPES[dtype.name], *map(str, template)])
+    instance = ", ".join([TYPES[dtype.name], *map(str, template), *(["__half"] if half else [])])
     _kernel(file, f"{name}<{instance}>", cp.cuda.Device().id)(grid, block, tuple(arguments))
 
 
@@ -137,19 +145,6 @@ def layernorm_backward(dy, cache):
     return dx, *_column_sum(part)[0]
 
 
-def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
-    """Reference's composition, with the kernels of this file."""
-    u, c_norm = layernorm(x, norm_weight, norm_bias)
-    y, c_conv = conv1x1(u, weight, bias)
-    return y, (c_norm, c_conv)
-
-
-def norm_conv1x1_backward(dy, cache):
-    c_norm, c_conv = cache
-    du, dweight, dbias = conv1x1_backward(dy, c_conv)
-    return *layernorm_backward(du, c_norm), dweight, dbias
-
-
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 def gated_depthwise3x3(x, weight, bias):
@@ -193,19 +188,6 @@ def scale_channels_backward(dy, cache):
     return dx, _column_sum(part).reshape(scale.shape)
 
 
-def attended_conv1x1(x, attention, weight, bias, scale):
-    """Reference's composition, with `scale_channels` of this file."""
-    u, c_attention = scale_channels(x, attention)
-    y, c_conv = scaled_conv1x1(u, weight, bias, scale)
-    return y, (c_attention, c_conv)
-
-
-def attended_conv1x1_backward(dy, cache):
-    c_attention, c_conv = cache
-    du, *rest = scaled_conv1x1_backward(dy, c_conv)
-    return *scale_channels_backward(du, c_attention), *rest
-
-
 def _pixel_grid(pixels, channels):
     return _blocks(-(-pixels // 8)), -(-channels // 32)
 
@@ -220,7 +202,8 @@ def summarize(xhat, W_K, W_V, Q, heads):
     look = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)         # (hR,C)
     M, tokens = heads * R, _tile(heads * R, xhat.dtype)
     if not tokens:
-        return reference.summarize(xhat, W_K, W_V, Q, heads)
+        Z, cache = reference.summarize(xhat, W_K, W_V, Q, heads)
+        return Z, (tokens, cache)
     blocks = _blocks(-(-N // tokens))
     top, total = cp.empty((B, blocks, M), xhat.dtype), cp.empty((B, blocks, M), xhat.dtype)
     part = cp.empty((B, blocks * _shares(C), M, C), xhat.dtype)
@@ -228,19 +211,19 @@ def summarize(xhat, W_K, W_V, Q, heads):
     _launch("probe", (C, M, tokens), (blocks, B), (128,), [top, total, part], look, xhat, N)
     _launch("probe.probe_combine", (C,), (M, B), (128,), [seen, lse], top, total, part, blocks)
     z = seen.reshape(B, heads, R, C) @ w_V                                      # (B,h,R,D/h)
-    return z.swapaxes(1, 2).reshape(B, R, D), (xhat, q, w_K, w_V, look, seen, lse)
+    return z.swapaxes(1, 2).reshape(B, R, D), (tokens, xhat, q, w_K, w_V, look, seen, lse)
 
 
 def summarize_backward(dZ, cache):
-    if len(cache) == 3:
-        return reference.summarize_backward(dZ, cache)
+    tokens, *cache = cache
+    if not tokens:
+        return reference.summarize_backward(dZ, *cache)
     xhat, q, w_K, w_V, look, seen, lse = cache
     (B, N, C), (h, R, d), M = xhat.shape, q.shape, len(look)
     dz = dZ.reshape(B, R, h, d).swapaxes(1, 2)                                  # (B,h,R,D/h)
     dw_V = (seen.reshape(B, h, R, C).swapaxes(2, 3) @ dz).sum(0)
     dseen = (dz @ w_V.swapaxes(1, 2)).reshape(B, M, C)
     center = (dseen * seen).sum(-1)                                             # (B,hR), = rowsum(dP P)
-    tokens = _tile(M, xhat.dtype)
     blocks = _blocks(-(-N // tokens))
     dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((1, B * blocks * _shares(C), M, C), xhat.dtype)
     _launch("probe.probe_backward", (C, M, tokens), (blocks, B), (128,), [dxhat, part], dseen, center, look, xhat, lse, N)
@@ -251,45 +234,54 @@ def summarize_backward(dZ, cache):
 
 def attention(cache):
     """P (B,h,R,N) of a `summarize`, for plots: computed again from the saved denominators."""
-    if len(cache) == 3:
-        return reference.attention(cache)
+    tokens, *cache = cache
+    if not tokens:
+        return reference.attention(*cache)
     xhat, q, _, _, look, _, lse = cache
     return cp.exp(look @ xhat.swapaxes(1, 2) - lse[..., None]).reshape(len(xhat), *q.shape[:2], -1)
 
 
-def _on_tensor_cores(C, R, dtype):
-    """Whether the assembly runs on tensor cores: R is large, and its pieces fit into the registers and the shared memory."""
-    return (dtype == np.float32 and R >= 32 and C % 16 == R % 16 == 0 and C + R <= 160
-            and int(cp.cuda.Device().compute_capability) >= 80)
+def _assembly_kernels(C, R, dtype):
+    """Who does the assembly: (file, tokens of a tile forward, and backward, shares of a tile's sums); None where no tile fits.
+
+    Tensor cores where R is large, and the pieces fit into registers and shared memory.
+    """
+    if (dtype == np.float32 and R >= 32 and C % 16 == R % 16 == 0 and C + R <= 160
+            and int(cp.cuda.Device().compute_capability) >= 80):
+        return "assembly_tf32", 64, 32, 1
+    tokens = _tile(R, np.result_type(dtype, np.float32))
+    return ("assembly", tokens, tokens, _shares(C)) if tokens else None
 
 
 def assembly(x, xhat, A, U):
-    """Tokens first, S in shared memory; reference's two products where R is too large for that."""
+    """Tokens first, S in shared memory; reference's two products where R is too large for that.
+
+    The tokens may be stored in float16, x, xhat and Y alike, with A and U in float32, and so is all arithmetic: half the bytes to move.
+    (bfloat16 would be one more instance of the kernel, but neither NumPy nor CuPy has that type.)
+    """
     (B, N, C), R = x.shape, A.shape[1]
     _expect((xhat, x.shape), (A, (B, R, C)), (U, (B, R, C)))
-    tokens, y = _tile(R, x.dtype), cp.empty(x.shape, x.dtype)
-    if _on_tensor_cores(C, R, x.dtype):
-        _launch("assembly_tf32", (C, R, 64), (_blocks(-(-N // 64)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
-        return y, (xhat, A, U)
-    if not tokens:
-        return reference.assembly(x, xhat, A, U)
-    _launch("assembly", (C, R, tokens), (_blocks(-(-N // tokens)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
-    return y, (xhat, A, U)
+    kernels = _assembly_kernels(C, R, x.dtype)
+    if kernels is None:
+        Y, cache = reference.assembly(x, xhat, A, U)
+        return Y, (kernels, cache)
+    file, tokens, _, _ = kernels
+    y = cp.empty(x.shape, x.dtype)
+    _launch(file, (C, R, tokens), (_blocks(-(-N // tokens)), B), (128,), [y], x, xhat, A, U, N, (C * R)**-0.5)
+    return y, (kernels, xhat, A, U)
 
 
 def assembly_backward(dY, cache):
-    if len(cache) == 2:
-        return reference.assembly_backward(dY, cache)
+    kernels, *cache = cache
+    if kernels is None:
+        return reference.assembly_backward(dY, *cache)
+    file, _, tokens, shares = kernels
     xhat, A, U = cache
     _expect((dY, xhat.shape))
     (B, N, C), R = xhat.shape, A.shape[1]
-    if _on_tensor_cores(C, R, xhat.dtype):
-        kernel, tokens, shares = "assembly_tf32.assembly_tf32_backward", 32, 1
-    else:
-        kernel, tokens, shares = "assembly.assembly_backward", _tile(R, xhat.dtype), _shares(C)
     blocks = _blocks(-(-N // tokens))
-    dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((B, blocks * shares, 2, R, C), xhat.dtype)
-    _launch(kernel, (C, R, tokens), (blocks, B), (128,), [dxhat, part], dY, xhat, A, U, N, (C * R)**-0.5)
+    dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((B, blocks * shares, 2, R, C), A.dtype)
+    _launch(f"{file}.{file}_backward", (C, R, tokens), (blocks, B), (128,), [dxhat, part], dY, xhat, A, U, N, (C * R)**-0.5)
     dA, dU = _column_sum(part).swapaxes(0, 1)
     return dY, dxhat, dA, dU
 

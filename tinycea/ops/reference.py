@@ -6,12 +6,21 @@ A forward returns (y, cache), the cache a plain tuple; its backward takes (dy, c
 Derivations: notebooks/01_token_assembly (affinity, combine), 02_hyper_adapter (layernorm, probe), 03_linear_attention (fast_weight).
 """
 import math
+from types import FunctionType
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import InputError
 from ..optim import adamw                     # an op as well: the GPU has a kernel for it
+
+
+def _of_room(room, *names):
+    """Give another room (its `globals()`) these functions of this file and their backwards, calling that room's operations inside."""
+    for name in (n + end for n in names for end in ("", "_backward")):
+        f = globals()[name]
+        room[name] = FunctionType(f.__code__, room, name, f.__defaults__)
+
 
 # ---- where arrays live -------------------------------------------------------------------------------------------------
 

@@ -3,19 +3,18 @@
 //   x, xhat, y, dy, dxhat (B,n,C), A, U (B,R,C). Grid (blocks, B): the blocks of an image take its tiles of TOK tokens in turn.
 //   assembly            reads 2 n C numbers, writes n C; 4 n R C FLOPs
 //   assembly_backward   reads 2 n C (a second time from the cache), writes n C; 10 n R C FLOPs (S is computed again)
+//
+// H is what tokens are stored in, T or __half; T is what is computed in. A number is 8 bytes, 4 or, in half, 2.
 
-template <typename T, int C, int R, int TOK>
-__global__ void __launch_bounds__(THREADS, 2) assembly(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ xhat,
+template <typename T, int C, int R, int TOK, typename H = T>
+__global__ void __launch_bounds__(THREADS, 2) assembly(H* __restrict__ y, const H* __restrict__ x, const H* __restrict__ xhat,
         const T* __restrict__ A, const T* __restrict__ U, int n, T scale)
 {
     using W = Warps<C>;
     __shared__ __align__(16) T s[TOK][R];
     const size_t image = (size_t)blockIdx.y * n * C, factor = (size_t)blockIdx.y * R * C;
     T u[W::CHUNKS][R];
-    #pragma unroll
-    for (int j = 0; j < W::CHUNKS; ++j)
-        #pragma unroll
-        for (int r = 0; r < R; ++r) u[j][r] = W::channel(j) < C ? U[factor + r * C + W::channel(j)] : T(0);
+    columns<T, C, R>(u, U + factor);
     for (int n0 = blockIdx.x * TOK; n0 < n; n0 += gridDim.x * TOK) {
         dots<T, C, R, TOK>(s, xhat + image, A + factor, n0, n, scale);
         if (W::share() >= W::SHARES) continue;
@@ -25,10 +24,10 @@ __global__ void __launch_bounds__(THREADS, 2) assembly(T* __restrict__ y, const 
                 const int c = W::channel(j);
                 if (c >= C) continue;
                 const size_t i = image + (size_t)(n0 + t) * C + c;
-                T v = x[i];
+                T v = T(x[i]);
                 #pragma unroll
                 for (int r = 0; r < R; ++r) v += s[t][r] * u[j][r];
-                y[i] = v;
+                y[i] = H(v);
             }
         }
     }
@@ -36,22 +35,16 @@ __global__ void __launch_bounds__(THREADS, 2) assembly(T* __restrict__ y, const 
 
 // dS = scale dY U^T, dXhat = dS A, dA = dS^T Xhat, dU = S^T dY; dX is dY.
 // part (B, gridDim.x SHARES, 2, R, C): the shares of dA and dU; the sum over the second axis is a kernel of its own, in a fixed order.
-template <typename T, int C, int R, int TOK>
-__global__ void __launch_bounds__(THREADS, 2) assembly_backward(T* __restrict__ dxhat, T* __restrict__ part, const T* __restrict__ dy,
-        const T* __restrict__ xhat, const T* __restrict__ A, const T* __restrict__ U, int n, T scale)
+template <typename T, int C, int R, int TOK, typename H = T>
+__global__ void __launch_bounds__(THREADS, 2) assembly_backward(H* __restrict__ dxhat, T* __restrict__ part, const H* __restrict__ dy,
+        const H* __restrict__ xhat, const T* __restrict__ A, const T* __restrict__ U, int n, T scale)
 {
     using W = Warps<C>;
     __shared__ __align__(16) T s[TOK][R];
     __shared__ __align__(16) T ds[TOK][R];
     const size_t image = (size_t)blockIdx.y * n * C, factor = (size_t)blockIdx.y * R * C;
-    T a[W::CHUNKS][R], da[W::CHUNKS][R], du[W::CHUNKS][R];
-    #pragma unroll
-    for (int j = 0; j < W::CHUNKS; ++j)
-        #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            a[j][r] = W::channel(j) < C ? A[factor + r * C + W::channel(j)] : T(0);
-            da[j][r] = du[j][r] = 0;
-        }
+    T a[W::CHUNKS][R], da[W::CHUNKS][R] = {}, du[W::CHUNKS][R] = {};
+    columns<T, C, R>(a, A + factor);
     for (int n0 = blockIdx.x * TOK; n0 < n; n0 += gridDim.x * TOK) {
         dots<T, C, R, TOK>(s, xhat + image, A + factor, n0, n, scale);
         dots<T, C, R, TOK>(ds, dy + image, U + factor, n0, n, scale);
@@ -62,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 2) assembly_backward(T* __restrict__ 
                 const int c = W::channel(j);
                 if (c >= C) continue;
                 const size_t i = image + (size_t)(n0 + t) * C + c;
-                const T xi = xhat[i], dyi = dy[i];
+                const T xi = T(xhat[i]), dyi = T(dy[i]);
                 T v = 0;
                 #pragma unroll
                 for (int r = 0; r < R; ++r) {
@@ -70,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, 2) assembly_backward(T* __restrict__ 
                     da[j][r] += ds[t][r] * xi;
                     du[j][r] += s[t][r] * dyi;
                 }
-                dxhat[i] = v;
+                dxhat[i] = H(v);
             }
         }
     }

@@ -26,10 +26,19 @@ template <int C> struct Warps {
     __device__ static int share() { return (int)(threadIdx.x / 32) / ACROSS; }          // SHARES or more: this warp has no tokens
 };
 
+// A thread's channels of the R rows of a factor (R,C), into registers.
+template <typename T, int C, int R> __device__ inline void columns(T (*out)[R], const T* __restrict__ factor)
+{
+    #pragma unroll
+    for (int j = 0; j < Warps<C>::CHUNKS; ++j)
+        #pragma unroll
+        for (int r = 0; r < R; ++r) out[j][r] = Warps<C>::channel(j) < C ? factor[r * C + Warps<C>::channel(j)] : T(0);
+}
+
 // out[t][r] = scale sum over c of rows[n0+t][c] factors[r][c], for the TOK tokens of a tile (0 past the n-th), by the whole block.
 // Ends with a barrier, and begins with one: whoever still reads `out` of the last tile is waited for.
-template <typename T, int C, int R, int TOK>
-__device__ inline void dots(T (*out)[R], const T* __restrict__ rows, const T* __restrict__ factors, int n0, int n, T scale)
+template <typename T, int C, int R, int TOK, typename H>
+__device__ inline void dots(T (*out)[R], const H* __restrict__ rows, const T* __restrict__ factors, int n0, int n, T scale)
 {
     constexpr int K = 32, GROUPS = THREADS / TOK, EACH = (R + GROUPS - 1) / GROUPS;      // a thread: one token, EACH of its R sums
     __shared__ T xs[TOK][K + 1];
@@ -40,7 +49,7 @@ __device__ inline void dots(T (*out)[R], const T* __restrict__ rows, const T* __
         __syncthreads();
         for (int i = threadIdx.x; i < TOK * K; i += THREADS) {
             const int token = n0 + i / K, c = c0 + i % K;
-            xs[i / K][i % K] = token < n && c < C ? rows[(size_t)token * C + c] : T(0);
+            xs[i / K][i % K] = token < n && c < C ? T(rows[(size_t)token * C + c]) : T(0);
         }
         for (int i = threadIdx.x; i < R * K; i += THREADS) {
             const int c = c0 + i % K;
