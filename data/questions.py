@@ -166,9 +166,9 @@ def specialization():
                     scene = crop(Scene(image), 96, rng)
                     degraded, mask, _ = patchwork(scene, rng, names)
                     _, cache = centered(degraded[None], p, config)
-                    stage, anatomy = list(anatomies(cache).items())[-1]
-                    xhat = cache[0][stage][1][-5][0]
-                    features = {"affinities S (8)": anatomy["S"][0], "features X̂ (24)": xhat,
+                    *_, anatomy = anatomies(cache).values()
+                    S, xhat = anatomy["S"][0], anatomy["Xhat"][0]
+                    features = {"affinities S (8)": S, "features X̂ (24)": xhat,
                                 "8 random directions of X̂": xhat @ np.random.default_rng(1).normal(size=(24, 8))}[what]
                     labels = mask.reshape(48, 2, 48, 2, 3).mean((1, 3)).argmax(-1).ravel()
                     data.append((features, labels))

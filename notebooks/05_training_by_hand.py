@@ -473,11 +473,8 @@ assert np.allclose(*outputs, atol=1e-5)
 def features(image):
     """Normalized tokens (h,w,C) and affinities (h,w,R) of the last CEA layer."""
     _, cache = nafnet.centered(image[None], shipped, shipped_config, cpu)
-    layers, _, _ = cache
-    *_, Xhat, A, _, _, _ = layers[stage][-1]
-    h, w, C = image.shape[0] // 2, image.shape[1] // 2, Xhat.shape[-1]
-    Xhat = Xhat.reshape(h, w, C).astype(np.float64)
-    return Xhat, Xhat @ A[0].T / np.sqrt(C)
+    layer = nafnet.anatomies(cache)[stage]
+    return [layer[name].reshape(image.shape[0] // 2, image.shape[1] // 2, -1).astype(np.float64) for name in ("Xhat", "S")]
 
 
 patchworks = []

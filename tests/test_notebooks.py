@@ -12,7 +12,7 @@ nbclient, jupytext = pytest.importorskip("nbclient"), pytest.importorskip("jupyt
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
-NAMES = ["01_token_assembly", "02_hyper_adapter", "03_linear_attention", "04_gradient_checking", "05_training_by_hand"]
+NAMES = ["01_token_assembly", "02_hyper_adapter", "03_linear_attention", "04_gradient_checking", "05_training_by_hand", "06_does_it_hold"]
 HEADLESS = os.environ | {"MPLBACKEND": "agg"}
 every = pytest.mark.parametrize("name", NAMES)
 

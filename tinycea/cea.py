@@ -169,7 +169,7 @@ def _assemble_backward(dY, cache, config, ops):
 
 
 def anatomy(cache):
-    """What one forward pass wrote, for plots: S (B,N,R), A and U (B,R,C), P (B,h,R,N) or None where nothing is probed."""
+    """What one forward pass wrote, for plots: X̂ (B,N,C), S (B,N,R), A and U (B,R,C), P (B,h,R,N) or None where nothing is probed."""
     *_, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
     S, _ = _affinities(Xhat, A, config, ops)
-    return {"S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}
+    return {"Xhat": Xhat, "S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}

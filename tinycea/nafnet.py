@@ -308,7 +308,7 @@ def centered_backward(dy, cache, g):
 
 
 def anatomies(cache):
-    """What each CEA layer of a forward pass (with keep=True) wrote: stage -> the S, A, U and P of `cea.anatomy`."""
+    """What each CEA layer of a forward pass (with keep=True) wrote: stage -> its `cea.anatomy`."""
     caches, config, _ = cache
     return {stage: cea.anatomy(caches[stage][1]) for stage in config.adapted()}
 
