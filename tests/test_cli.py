@@ -145,7 +145,7 @@ def test_help_lists_every_name(capsys, command, names):
     (["paint"], "train"),
     (["train", "--images", ""], "path"),
     (["restore", "", "-o", "out"], "path"),
-    ([], "train|restore"),
+    ([], "train|compare|restore"),
 ])
 def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
