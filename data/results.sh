@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes data/results: the comparison that README quotes, the choices before it and the questions after it. Hours on two cores; what
 # runs/ already holds is not trained again, so it may be stopped and started at will.
+# data/results/beyond is older: its runs know the switches of beyond/switches.patch, which brought nothing and are not in cea.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rivals="wider static mlp descriptor prompt experts-image experts-token"
@@ -11,7 +12,7 @@ publish() {                                   # NAME TABLE ARGUMENTS: the table 
     tinycea compare --out "runs/$1" "${@:3}" > "runs/$1-$2.txt"
     cp "runs/$1-$2.txt" "data/results/$1/$2.txt"
     cp "runs/$1/runs.jsonl" "data/results/$1/"
-    for picture in cost strip; do cp "runs/$1/$picture.png" "data/results/$1/$2-$picture.png"; done
+    cp "runs/$1/cost.png" "data/results/$1/$2-cost.png"
 }
 
 mkdir -p runs
@@ -19,4 +20,8 @@ publish tuning rates --split validation --suites aio5 patchwork --adapters cea $
 publish headline table
 publish headline without-sca --suites aio5 patchwork --adapters $bare
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
-publish length steps --suites aio5 patchwork --steps 4000 --seeds 2
+rivals="wider mlp descriptor experts-image"
+tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
+publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
+    cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
+    cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0

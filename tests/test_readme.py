@@ -35,6 +35,13 @@ def test_the_comparison_without_an_adapter_is_the_committed_one():
     assert f"{none['rows'][-1]['psnr_after']:.2f} dB after" in README and none["recipe"]["adapter"] == "none"
 
 
+def test_the_comparison_is_the_committed_one():
+    blocks = re.findall(r"```\n(.*?)```", README.split("## Does it hold?")[1].split("\n## ")[0], re.S)
+    for block, path in zip(blocks, ("headline/table.txt", "length/steps.txt"), strict=True):
+        table = (ROOT / "data" / "results" / path).read_text("utf-8")
+        assert len(lines := block.splitlines()) > 10 and all(line in table for line in lines)
+
+
 def test_lines_of_code_shown_are_lines_of_the_source():
     source = (ROOT / "tinycea" / "cea.py").read_text("utf-8")
     lines = re.findall(r"`([^`]*ops\.[^`]*)`", README.split("| equation")[1].split("\n\n")[0])
