@@ -1,6 +1,6 @@
 """What the models of a comparison do when something is changed that they were trained with: controls and open questions of the paper.
 
-    python data/questions.py runs/compare > data/results/questions.txt
+    python data/questions.py runs/headline > data/results/questions.txt
 
 Reads runs.jsonl and models/ of `tinycea compare`, 1000 steps, and tests on the 96 x 96 crops of the test photographs. Minutes on two cores.
 """
@@ -24,7 +24,7 @@ from tinycea.restore import TEST_SEED
 from tinycea.scenes import Scene, crop, photographs
 from tinycea.train import machine, recipe_for
 
-FOLDER, SEEDS = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare"), 5
+FOLDER, SEEDS = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/headline"), 5
 SHORT = ("wider", "static", "mlp", "descriptor", "cea")
 
 
@@ -140,7 +140,7 @@ def shifts(suite, kinds):
 
 
 def sizes(suite, sides=(64, 128, 256, 512, 1024)):
-    """The same photograph enlarged or reduced to several sizes, degraded there: quality, and the cost of a pixel."""
+    """The same photograph enlarged or reduced to several sizes, degraded there."""
     print(f"\ntrained on {suite} with patches of 48 x 48: astronaut at several sizes, PSNR in dB, mean of {SEEDS} seeds and all entries")
     astronaut = photographs("test")["astronaut"]
     entries = list(dict.fromkeys(entry for entry, *_ in compare.degraded(suite, "test", "crops")))

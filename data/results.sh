@@ -7,18 +7,19 @@ cd "$(dirname "$0")/.."
 rivals="wider static mlp descriptor prompt experts-image experts-token"
 bare=$(for name in $rivals cea; do echo "$name:sca=false"; done)
 
-publish() {                                   # NAME TABLE ARGUMENTS: the table and pictures of a comparison kept in runs/NAME
+publish() {                                   # NAME TABLE ARGUMENTS: the table of a comparison kept in runs/NAME
     mkdir -p "data/results/$1"
     tinycea compare --out "runs/$1" "${@:3}" > "runs/$1-$2.txt"
     cp "runs/$1-$2.txt" "data/results/$1/$2.txt"
     cp "runs/$1/runs.jsonl" "data/results/$1/"
-    cp "runs/$1/cost.png" "data/results/$1/$2-cost.png"
 }
 
-mkdir -p runs
+mkdir -p runs data/results/length
 publish tuning rates --split validation --suites aio5 patchwork --adapters cea ${rivals#wider } --rates 0.1 0.3 1 --seeds 1
 publish headline table
+for picture in cost strip; do cp "runs/headline/$picture.png" "data/results/headline/table-$picture.png"; done
 publish headline without-sca --suites aio5 patchwork --adapters $bare
+cp runs/headline/cost.png data/results/headline/without-sca-cost.png
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
 rivals="wider mlp descriptor experts-image"
 tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt

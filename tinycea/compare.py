@@ -31,7 +31,7 @@ from .ops.cpu import keep_memory
 from .params import Params, load, save
 from .restore import TEST_SEED, make_folder, restore
 from .scenes import Scene, photographs
-from .train import Recipe, advance, interruptible, machine, recipe_for, start
+from .train import Recipe, advance, arrays, interruptible, machine, recipe_for, start
 
 HEADLINE = ("wider", "static", "mlp", "descriptor", "prompt", "experts-image", "experts-token", "cea")
 SUITES = ("aio3", "aio5", "cdd11", "patchwork")
@@ -177,8 +177,7 @@ def train_cell(recipes, folder, split, stopped=lambda: False):
     scenes, entries, saved = _scenes(shared.seed, shared.scenes, shared.patch), suite(shared.suite), time.perf_counter()
     while done < shared.steps:
         if stopped() or time.perf_counter() - saved > SAVE_SECONDS:
-            save(path, {f"{i}.{key}": ops.to_host(value) for i, state in enumerate(states)
-                        for key, value in (("w", state.p.flat), ("m", state.m), ("v", state.v))}, step=done, seconds=times)
+            save(path, {f"{i}.{key}": value for i, state in enumerate(states) for key, value in arrays(state, ops).items()}, step=done, seconds=times)
             saved = time.perf_counter()
             if stopped():
                 return

@@ -113,6 +113,11 @@ def start(recipe, config, ops, flat=None):
     return State(p, p.zeros_like(), ops.to_device(m), ops.to_device(v), rates.flat, recipe.decay * decay_mask(p))
 
 
+def arrays(state, ops):
+    """What `start` takes as `flat`, to be saved: the parameters w and AdamW's moments m and v."""
+    return {"w": ops.to_host(state.p.flat), "m": ops.to_host(state.m), "v": ops.to_host(state.v)}
+
+
 def advance(state, degraded, clean, step, recipe, config, ops):
     """Training step number `step`, from 1 -> loss in dB, the gradient's norm, the learning rate. InputError unless both are finite."""
     loss = gradient(degraded, clean, state.p, config, ops, state.g)
@@ -176,8 +181,7 @@ def train(recipe, out, resume=False, workers=1):
     def save_state():
         write_json(out / "config.json", {"recipe": asdict(recipe), "model": to_dict(config), "tinycea": __version__})
         log = np.array(rows).reshape(done, len(COLUMNS))
-        flat = {name: ops.to_host(value) for name, value in (("w", state.p.flat), ("m", state.m), ("v", state.v))}
-        save(out / "state.safetensors", flat | {"log": log}, step=done, seconds=seconds)
+        save(out / "state.safetensors", arrays(state, ops) | {"log": log}, step=done, seconds=seconds)
         write_log(out / "log.csv", rows)
 
     with feed(recipe, done, workers) as following:
