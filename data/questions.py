@@ -167,7 +167,7 @@ def specialization():
                     degraded, mask, _ = patchwork(scene, rng, names)
                     _, cache = centered(degraded[None], p, config)
                     *_, anatomy = anatomies(cache).values()
-                    S, xhat = anatomy["S"][0], anatomy["Xhat"][0]
+                    S, xhat = anatomy["S"][0], anatomy["tokens"][0]
                     features = {"affinities S (8)": S, "features X̂ (24)": xhat,
                                 "8 random directions of X̂": xhat @ np.random.default_rng(1).normal(size=(24, 8))}[what]
                     labels = mask.reshape(48, 2, 48, 2, 3).mean((1, 3)).argmax(-1).ravel()

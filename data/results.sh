@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes data/results: the comparison that README quotes, the choices before it and the questions after it. Hours on two cores; what
 # runs/ already holds is not trained again, so it may be stopped and started at will.
-# data/results/beyond is older: its runs know the switches of beyond/switches.patch, which brought nothing and are not in cea.py.
+# data/results/beyond is older: its runs know the switches of beyond/switches.patch, which are not in cea.py; its raw=true is now tokens=X.
+# data/results/all-suites.json: tinycea train --suite aio3+aio5+cdd11+patchwork --adapter cea:tokens=X --steps 40000 --out runs/all-suites
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rivals="wider static mlp descriptor prompt experts-image experts-token"
@@ -20,9 +21,16 @@ publish headline table
 for picture in cost strip; do cp "runs/headline/$picture.png" "data/results/headline/table-$picture.png"; done
 publish headline without-sca --suites aio5 patchwork --adapters $bare
 cp runs/headline/cost.png data/results/headline/without-sca-cost.png
+publish headline tokens --adapters $rivals cea cea:tokens=X
+publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
 rivals="wider mlp descriptor experts-image"
 tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
+tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/aio5-seed0.txt
+cp runs/headline/steps.png data/results/length/aio5-seed0.png
+tinycea compare --suites patchwork --adapters $rivals cea --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/patchwork-seed0.txt
+publish ablation tokens --split validation --suites aio5 patchwork --adapters wider experts-image descriptor cea cea:tokens=X \
+    cea:tokens=X,slots=decoders.0 cea:slots=decoders.0 cea:slots=decoders.0,width=26,heads=2
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0

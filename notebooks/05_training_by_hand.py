@@ -474,7 +474,7 @@ def features(image):
     """Normalized tokens (h,w,C) and affinities (h,w,R) of the last CEA layer."""
     _, cache = nafnet.centered(image[None], shipped, shipped_config, cpu)
     layer = nafnet.anatomies(cache)[stage]
-    return [layer[name].reshape(image.shape[0] // 2, image.shape[1] // 2, -1).astype(np.float64) for name in ("Xhat", "S")]
+    return [layer[name].reshape(image.shape[0] // 2, image.shape[1] // 2, -1).astype(np.float64) for name in ("tokens", "S")]
 
 
 patchworks = []

@@ -264,9 +264,10 @@ def test_report_shows_a_wrong_operation(monkeypatch):
 
 CONFIGS = [CEAConfig(rank=3, heads=2, affinity=affinity, level=level, static=static)
            for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+CONFIGS += [replace(config, tokens="X") for config in CONFIGS if config.static != "AU"]
 
 
-@pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)], ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.rank}")
+@pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)], ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.tokens}-{c.rank}")
 def test_fresh_cea_layer_is_the_identity(config):
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):
@@ -326,7 +327,7 @@ def test_image_without_caches_is_the_same_image():
     assert np.array_equal(kept[0], dropped[0]) and not dropped[1][0]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.tokens}")
 def test_anatomy_is_what_the_layer_added(config):
     forward, _, inputs = layer(replace(config, probe_channels=D))
     y, cache = forward(*inputs.values())

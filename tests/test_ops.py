@@ -538,10 +538,10 @@ def test_losses_at_a_perfect_restoration(room, loss, expected):
 
 @pytest.mark.parametrize("affinity", ["signed", "softmax", "topk"])
 @pytest.mark.parametrize("level", ["token", "image"])
-@pytest.mark.parametrize("static", ["", "A", "U", "AU"])
-def test_cea_against_loops(affinity, level, static):
+@pytest.mark.parametrize("static, tokens", [("", "Xhat"), ("A", "Xhat"), ("U", "Xhat"), ("AU", "Xhat"), ("", "X"), ("A", "X")])
+def test_cea_against_loops(affinity, level, static, tokens):
     B, H, W, C, R, D, h, k = 3, 5, 7, 9, 4, 6, 2, 2
-    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static)
+    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static, tokens=tokens)
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=shape) for name, shape in cea.shapes(C, config).items()}
     x = rng.normal(size=(B, H, W, C))
@@ -560,7 +560,7 @@ def test_cea_against_loops(affinity, level, static):
                 Z[c] = sum(w * (t @ p["W_V"])[c] for w, t in zip(e / e.sum(), Xhat))
             A[r] = A[r] if "A" in static else Z @ p["W_A"]
             U[r] = U[r] if "U" in static else Z @ p["W_U"]
-        S = np.array([[t @ A[r] / C**0.5 for r in range(R)] for t in Xhat])
+        S = np.array([[t @ A[r] / C**0.5 for r in range(R)] for t in (X if tokens == "X" else Xhat)])
         for n in range(len(S) if affinity != "signed" else 0):
             kept = np.argsort(S[n])[-(k if affinity == "topk" else R):]
             e = np.array([np.exp(S[n, r]) if r in kept else 0 for r in range(R)])

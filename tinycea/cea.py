@@ -29,6 +29,7 @@ class CEAConfig:
     affinity: "signed" | "softmax" | "topk" (softmax over the `topk` largest affinities of a token).
     level: "token" | "image" (every token gets the image's mean affinities).
     static: "" | "A" | "U" | "AU", the factors that are learned constants (R,C) instead of written for each image.
+    tokens: "Xhat" | "X", what the affinities are taken of. X keeps the tokens' magnitude and trained better (data/results/ablation).
     """
     rank: int = 8
     heads: int = 4
@@ -37,16 +38,19 @@ class CEAConfig:
     topk: int = 2
     level: str = "token"
     static: str = ""
+    tokens: str = "Xhat"
 
     def __post_init__(self):
         for name, valid in (("affinity", ("signed", "softmax", "topk")), ("level", ("token", "image")),
-                            ("static", ("", "A", "U", "AU"))):
+                            ("static", ("", "A", "U", "AU")), ("tokens", ("Xhat", "X"))):
             if getattr(self, name) not in valid:
                 raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
         D = 1 if self.probe_channels is None else self.probe_channels
         for name, n in (("rank", self.rank), ("heads", self.heads), ("topk", self.topk), ("probe_channels", D)):
             if not (isinstance(n, int) and n > 0):
                 raise InputError(f"cea {name} is {n!r}: expected a positive integer")
+        if self.static == "AU" and self.tokens == "X":
+            raise InputError("cea static is 'AU' and tokens 'X': nothing would read the normalized tokens")
         if self.affinity == "topk" and self.topk > self.rank:
             raise InputError(f"cea topk is {self.topk}: expected at most the rank, {self.rank}")
 
@@ -88,15 +92,16 @@ def cea(x, p, config, ops=cpu):
         Z, c_Z = ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], config.heads)
     A, c_A = (each(p["A"], B), None) if "A" in config.static else ops.linear(Z, p["W_A"])
     U, c_U = (each(p["U"], B), None) if "U" in config.static else ops.linear(Z, p["W_U"])
-    Y, c_Y = _assemble(X, Xhat, A, U, config, ops)
-    return Y.reshape(x.shape), (c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops)
+    tokens = X if config.tokens == "X" else Xhat
+    Y, c_Y = _assemble(X, tokens, A, U, config, ops)
+    return Y.reshape(x.shape), (c_norm, c_Z, c_A, c_U, c_Y, tokens, A, U, config, ops)
 
 
 def cea_backward(dy, cache, g):
     """dx, and every parameter's gradient added into g (names as in p): the forward read from the bottom up."""
-    c_norm, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
-    dX, dXhat, dA, dU = _assemble_backward(dy.reshape(Xhat.shape), c_Y, config, ops)
-    dZ = 0
+    c_norm, c_Z, c_A, c_U, c_Y, tokens, A, U, config, ops = cache
+    dX, dtokens, dA, dU = _assemble_backward(dy.reshape(tokens.shape), c_Y, config, ops)
+    dXhat, dZ = 0 if config.tokens == "X" else dtokens, 0
     if "U" in config.static:
         g["U"] += dU.sum(0)
     else:
@@ -113,6 +118,8 @@ def cea_backward(dy, cache, g):
         dXhat += dXhat_Z
     dX_norm, dweight, dbias = ops.layernorm_backward(dXhat, c_norm)
     dX_norm += dX
+    if config.tokens == "X":
+        dX_norm += dtokens
     g["norm.weight"] += dweight
     g["norm.bias"] += dbias
     return dX_norm.reshape(dy.shape)
@@ -132,9 +139,9 @@ def each(value, B):
     return np.broadcast_to(value, (B, *value.shape))
 
 
-def _affinities(Xhat, A, config, ops):
+def _affinities(tokens, A, config, ops):
     """S under the switches: signed, or a softmax over all or the largest; of each token, or the mean of the image's."""
-    S, c_S = ops.affinity(Xhat, A)
+    S, c_S = ops.affinity(tokens, A)
     c_T = c_mean = None
     if config.affinity != "signed":
         S, c_T = ops.topk_softmax(S, config.topk if config.affinity == "topk" else config.rank)
@@ -152,10 +159,10 @@ def _affinities_backward(dS, cache, config, ops):
     return ops.affinity_backward(dS, c_S)
 
 
-def _assemble(X, Xhat, A, U, config, ops):
+def _assemble(X, tokens, A, U, config, ops):
     if config.affinity == "signed" and config.level == "token":
-        return ops.assembly(X, Xhat, A, U)
-    S, c_S = _affinities(Xhat, A, config, ops)
+        return ops.assembly(X, tokens, A, U)
+    S, c_S = _affinities(tokens, A, config, ops)
     Y, c_Y = ops.combine(X, S, U)
     return Y, (c_S, c_Y)
 
@@ -169,7 +176,7 @@ def _assemble_backward(dY, cache, config, ops):
 
 
 def anatomy(cache):
-    """What one forward pass wrote, for plots: X̂ (B,N,C), S (B,N,R), A and U (B,R,C), P (B,h,R,N) or None where nothing is probed."""
-    *_, c_Z, c_A, c_U, c_Y, Xhat, A, U, config, ops = cache
-    S, _ = _affinities(Xhat, A, config, ops)
-    return {"Xhat": Xhat, "S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}
+    """What one forward pass wrote, for plots: the tokens (B,N,C) that S is taken of, S (B,N,R), A and U (B,R,C), P (B,h,R,N) or None where nothing is probed."""
+    *_, c_Z, c_A, c_U, c_Y, tokens, A, U, config, ops = cache
+    S, _ = _affinities(tokens, A, config, ops)
+    return {"tokens": tokens, "S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}

@@ -139,7 +139,9 @@ def compare(args):
         raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
     for view in job.VIEWS:
         print(job.format_rows(job.rows(lines, view)))
-    plots.cost(job.rows(lines), Path(args.out) / "cost.png")
+    plots.quality(job.rows(lines), Path(args.out) / "cost.png")
+    if len({recipe.steps for recipe in recipes}) > 1:
+        plots.quality(job.rows(lines), Path(args.out) / "steps.png", "steps")
     plots.strip(job.examples(recipes, args.out, args.split), Path(args.out) / "strip.png")
     print(f"{job.machine()}; runs, models and pictures in {args.out}")
     return 0

@@ -310,7 +310,8 @@ def rows(lines, view="photographs"):
     for (suite_name, steps, adapter, rate), runs in found.items():
         line, table = next(iter(runs.values())), np.array([matrix(run, view) for run in runs.values()])      # (seeds, photographs, entries)
         means, entries = table.mean((1, 2)), list(line["psnr"][view])
-        row = {"suite": suite_name, "steps": steps, "adapter": adapter, "rate": rate, "seeds": sorted(runs), "view": view,
+        label = adapter if rate in (None, recipe_for(adapter).adapter_lr) else f"{adapter}, rate {rate:g}"
+        row = {"suite": suite_name, "steps": steps, "adapter": adapter, "label": label, "seeds": sorted(runs), "view": view,
                "psnr": float(means.mean()), "sd": float(means.std(ddof=1)) if len(means) > 1 else None,
                "entries": dict(zip(entries, map(float, table.mean((0, 1))))),
                "parameters": line.get("parameters"), "multiplications": line.get("multiplications_per_pixel"),
@@ -335,27 +336,22 @@ def format_rows(results):
     text = []
     for (suite_name, steps), table in tables.items():
         whole = [row for row in results if row["suite"] == suite_name and not row["steps"]] + table
-        entries, width = list(table[0]["entries"]), max(len(_label(row)) for row in whole)
+        entries, width = list(table[0]["entries"]), max(len(row["label"]) for row in whole)
         text += [f"{suite_name}, {steps} steps, seeds {table[0]['seeds'][0]}-{table[0]['seeds'][-1]}, {table[0]['view']}: PSNR in dB, its standard "
                  "deviation over seeds, minus CEA's with a 95 % interval", f"{'':{width}s} {'param.':>7s} {'mult./px':>8s} {'ms/step':>7s} "
                  f"{'PSNR':>6s} {'sd':>4s}  {'minus CEA':21s}" + "".join(f" {e:>{max(6, len(e))}s}" for e in entries)]
         for row in whole:
             cost = f"{row['parameters']:7d} {row['multiplications']:8d} {row['milliseconds']:7.1f}" if row["steps"] else f"{'':24s}"
             sd = f"{row['sd']:4.2f}" if row["sd"] is not None else "    "
-            text.append(f"{_label(row):{width}s} {cost} {row['psnr']:6.2f} {sd}  {_difference(row.get('minus_cea', {}).get('all')):21s}"
+            text.append(f"{row['label']:{width}s} {cost} {row['psnr']:6.2f} {sd}  {_difference(row.get('minus_cea', {}).get('all')):21s}"
                         + "".join(f" {row['entries'][e]:{max(6, len(e))}.2f}" for e in entries))
         compared = [row for row in table if "minus_cea" in row]
         if compared and len(entries) > 1:
             text += ["", "minus CEA, per degradation"]
             text += [f"{'':{width}s}" + "".join(f" {e:>21s}" for e in entries)]
-            text += [f"{_label(row):{width}s}" + "".join(f" {_difference(row['minus_cea'][e]):>21s}" for e in entries) for row in compared]
+            text += [f"{row['label']:{width}s}" + "".join(f" {_difference(row['minus_cea'][e]):>21s}" for e in entries) for row in compared]
         text.append("")
     return "\n".join(text)
-
-
-def _label(row):
-    tuned = row["rate"] is None or row["rate"] == recipe_for(row["adapter"]).adapter_lr
-    return row["adapter"] if tuned else f"{row['adapter']}, rate {row['rate']:g}"
 
 
 def _difference(found):

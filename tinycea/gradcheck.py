@@ -193,8 +193,9 @@ def cases(ops, seed=0):
 
     switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static)
                 for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+    switches += [replace(config, tokens="X") for config in switches if not config.static]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
-        label = "fast weight" if config.rank == 9 else f"{config.affinity}, {config.level}, static {config.static or 'none'}"
+        label = "fast weight" if config.rank == 9 else f"{config.affinity}, {config.level}, static {config.static or 'none'}{', of X' * (config.tokens == 'X')}"
         signed, kept = replace(config, affinity="signed", level="token"), config.topk if config.affinity == "topk" else config.rank
         x, p = apart(cea.shapes(6, config), lambda x, p: cea.anatomy(cea.cea(x, p, signed)[1])["S"], kept)
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: cea.cea(x, p, c, ops), cea.cea_backward, x, p)

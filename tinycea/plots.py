@@ -99,15 +99,19 @@ def demo(degraded, restored, clean, mask, names, path):
     _save(figure, path)
 
 
-def cost(results, path):
-    """PSNR of `compare.rows` against multiplications a pixel, one panel per suite, a bar of one standard deviation over seeds."""
+def quality(results, path, against="multiplications"):
+    """PSNR of `compare.rows`, one panel per suite, a bar of one standard deviation over seeds.
+
+    against: "multiplications" per pixel, or training "steps", on a logarithmic axis; the points of one adapter are joined.
+    """
     suites = list(dict.fromkeys(row["suite"] for row in results if row["steps"]))
     figure = Figure((4.4 * len(suites), 3.8), layout="constrained")
     for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
-        for i, row in enumerate(row for row in results if row["suite"] == suite and row["steps"]):
-            axes.errorbar(row["multiplications"], row["psnr"], row["sd"] or 0, fmt="osD^v<>P*X"[i // 10 % 10], color=f"C{i % 10}",
-                          capsize=2, label=row["adapter"])
-        axes.set(title=suite, xlabel="multiplications per pixel", ylabel="PSNR (dB)")
+        for i, label in enumerate(dict.fromkeys(row["label"] for row in results if row["suite"] == suite and row["steps"])):
+            x, y, sd = zip(*[(row[against], row["psnr"], row["sd"] or 0) for row in results if (row["suite"], row["label"]) == (suite, label)])
+            axes.errorbar(x, y, sd, fmt="osD^v<>P*X"[i // 10 % 10] + "-", color=f"C{i % 10}", lw=1, capsize=2, label=label)
+        axes.set(title=suite, ylabel="PSNR (dB)", **{"multiplications": {"xlabel": "multiplications per pixel"},
+                                                     "steps": {"xlabel": "training steps", "xscale": "log"}}[against])
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
