@@ -153,34 +153,41 @@ def sizes(suite, sides=(64, 128, 256, 512, 1024)):
             for a, runs in networks.items()))
 
 
+def regions(split, draws=4):
+    """(degraded (n,96,96,3), mask (n,96,96,3)) of each photograph: three regions with noise, rain and blur, and how far a pixel belongs to each."""
+    rng = np.random.default_rng(0)
+    for image in photographs(split).values():
+        pairs = [patchwork(crop(Scene(image), 96, rng), rng, ("noise25", "rain", "blur"))[:2] for _ in range(draws)]
+        yield tuple(map(np.stack, zip(*pairs)))
+
+
+def accuracy(features, masks):
+    """Share of tokens whose region (the largest entry of the mask over its pixels) a linear classifier names rightly. features (n,N,F) and masks
+    (n,96,96,3) of each photograph; each photograph is left out of the training once."""
+    side = round(features[0].shape[1]**0.5)
+    labels = [mask.reshape(-1, side, 96 // side, side, 96 // side, 3).mean((2, 4)).argmax(-1).reshape(len(mask), -1) for mask in masks]
+    right = []
+    for held in range(len(features)):
+        x, y = (np.concatenate([np.concatenate(a) for f, a in enumerate(parts) if f != held]) for parts in (features, labels))
+        mean, sd = x.mean(0), x.std(0) + 1e-12
+        extended = lambda x: np.concatenate(((x - mean) / sd, np.ones((*x.shape[:-1], 1))), -1)
+        weights = np.linalg.lstsq(extended(x), np.eye(3)[y], rcond=None)[0]
+        right.append(np.mean((extended(features[held]) @ weights).argmax(-1) == labels[held]))
+    return np.mean(right)
+
+
 def specialization():
-    """How well one token's features tell which of three degradations its region has: a linear classifier, trained on three crops of four."""
+    """How well one token's features tell which of three degradations its region has."""
     print("\npatchwork: accuracy of a linear classifier of three regions (noise, rain, blur) from the tokens of the last CEA layer, chance 0.33")
-    names = ("noise25", "rain", "blur")
-    for what in ("affinities S (8)", "features X̂ (24)", "8 random directions of X̂"):
-        accuracies = []
-        for p, config in models("patchwork", "cea"):
-            rng, data = np.random.default_rng(0), []
-            for image in photographs("test").values():
-                for _ in range(4):
-                    scene = crop(Scene(image), 96, rng)
-                    degraded, mask, _ = patchwork(scene, rng, names)
-                    _, cache = centered(degraded[None], p, config)
-                    *_, anatomy = anatomies(cache).values()
-                    S, xhat = anatomy["S"][0], anatomy["tokens"][0]
-                    features = {"affinities S (8)": S, "features X̂ (24)": xhat,
-                                "8 random directions of X̂": xhat @ np.random.default_rng(1).normal(size=(24, 8))}[what]
-                    labels = mask.reshape(48, 2, 48, 2, 3).mean((1, 3)).argmax(-1).ravel()
-                    data.append((features, labels))
-            right = []
-            for held in range(0, len(data), 4):               # one photograph after the other is left out
-                train = [d for i, d in enumerate(data) if not held <= i < held + 4]
-                x, y = (np.concatenate(parts) for parts in zip(*train))
-                mean, sd = x.mean(0), x.std(0)
-                X = np.c_[(x - mean) / sd, np.ones(len(x))]
-                weights = np.linalg.lstsq(X, np.eye(3)[y], rcond=None)[0]
-                right += [np.mean((np.c_[(x - mean) / sd, np.ones(len(x))] @ weights).argmax(1) == y) for x, y in data[held:held + 4]]
-            accuracies.append(np.mean(right))
+    images, masks = zip(*regions("test"))
+    table = {}
+    for p, config in models("patchwork", "cea"):
+        layers = [list(anatomies(centered(batch, p, config)[1]).values())[-1] for batch in images]
+        features = {"affinities S (8)": [layer["S"] for layer in layers], "features X̂ (24)": [layer["tokens"] for layer in layers],
+                    "8 random directions of X̂": [layer["tokens"] @ np.random.default_rng(1).normal(size=(24, 8)) for layer in layers]}
+        for what, values in features.items():
+            table.setdefault(what, []).append(accuracy(values, masks))
+    for what, accuracies in table.items():
         print(f"{what:28s} {np.mean(accuracies):.3f}  seeds {min(accuracies):.3f} to {max(accuracies):.3f}")
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes data/results: the comparison that README quotes, the choices before it and the questions after it. Hours on two cores; what
 # runs/ already holds is not trained again, so it may be stopped and started at will.
-# data/results/beyond is older: its runs know the switches of beyond/switches.patch, which are not in cea.py; its raw=true is now tokens=X.
+# data/results/beyond is older: its runs and its ranks.txt know the switches of beyond/switches.patch (on top of commit f2c693b), which are not in
+# cea.py; its raw=true is now tokens=X.
 # data/results/all-suites.json: tinycea train --suite aio3+aio5+cdd11+patchwork --adapter cea:tokens=X --steps 40000 --out runs/all-suites
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +25,7 @@ cp runs/headline/cost.png data/results/headline/without-sca-cost.png
 publish headline tokens --adapters $rivals cea cea:tokens=X
 publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
+python data/ranks.py runs/headline > runs/ranks.txt && cp runs/ranks.txt data/results/headline/
 rivals="wider mlp descriptor experts-image"
 tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
 tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/aio5-seed0.txt
@@ -34,3 +36,4 @@ publish ablation tokens --split validation --suites aio5 patchwork --adapters wi
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0
+python data/ranks.py runs/ablation > runs/ranks.txt && cp runs/ranks.txt data/results/ablation/

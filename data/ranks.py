@@ -1,0 +1,60 @@
+"""What the CEA layers of every variant in a comparison add to their tokens: its rank, how it varies over the image, whether it tells regions apart.
+
+    python data/ranks.py runs/ablation > data/results/ablation/ranks.txt
+
+Reads runs.jsonl and models/ of `tinycea compare`, aio5 and patchwork, and the validation photographs. A minute on two cores.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from questions import accuracy, regions
+from tinycea import compare
+from tinycea.nafnet import anatomies, centered, load_model
+from tinycea.train import Recipe, machine
+
+SUITES = ("aio5", "patchwork")
+
+
+def variants(folder):
+    """{adapter: {suite: its trained networks}} of the CEA variants, 1000 steps, in the order of runs.jsonl."""
+    found = {}
+    for line in compare.finished(folder):
+        if "parameters" in line and line["recipe"]["adapter"].startswith("cea") and line["recipe"]["steps"] == 1000:
+            recipe = Recipe(**line["recipe"])
+            network = load_model(Path(folder) / "models" / f"{compare.name([recipe])}.safetensors")
+            found.setdefault(recipe.adapter, {}).setdefault(recipe.suite, {})[recipe.seed] = network
+    return {adapter: {suite: list(networks[suite].values()) for suite in SUITES} for adapter, networks in found.items() if set(SUITES) <= set(networks)}
+
+
+def spread(layer):
+    """Effective rank of what a layer added, Y - X = S U (B,N,C), and the share of its energy left without its mean over the image: two (B,)."""
+    added = np.float64(layer["S"]) @ layer["U"]
+    energy = np.maximum(np.linalg.eigvalsh(added.swapaxes(1, 2) @ added), 0) + 1e-30
+    share = energy / energy.sum(1, keepdims=True)
+    varying = ((added - added.mean(1, keepdims=True))**2).sum((1, 2)) / (added**2).sum((1, 2))
+    return np.exp(-(share * np.log(share)).sum(1)), varying
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    print(f"python data/ranks.py {folder}; {machine()}\n"
+          "rank: effective rank (exponential of the entropy of the energies) of what a layer adds to the tokens of one image, mean over layers, images and seeds\n"
+          "varies: share of its energy that is left when its mean over the image is taken away\n"
+          "regions: accuracy of a linear classifier of three regions from the affinities of the last layer, chance 0.33\n")
+    images = {suite: [image for _, _, image, _ in compare.degraded(suite, "validation", "crops")] for suite in SUITES}
+    patches, masks = zip(*regions("validation"))
+    adapters = variants(folder)
+    width = max(map(len, adapters))
+    print(f"{'':{width}s}  " + "".join(f"{suite + ' rank':>15s} varies" for suite in SUITES) + "  regions  seeds")
+    for adapter, networks in adapters.items():
+        line = f"{adapter:{width}s}  "
+        for suite in SUITES:
+            layers = [layer for p, config in networks[suite] for image in images[suite]
+                      for layer in anatomies(centered(image[None], p, config)[1]).values()]
+            rank, varying = np.mean([spread(layer) for layer in layers], (0, 2))
+            line += f"{rank:15.2f} {varying:6.2f}"
+        right = [accuracy([list(anatomies(centered(batch, p, config)[1]).values())[-1]["S"] for batch in patches], masks)
+                 for p, config in networks["patchwork"]]
+        print(line + f"  {np.mean(right):7.3f}  {len(right)}: {min(right):.3f} to {max(right):.3f}")
