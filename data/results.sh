@@ -26,11 +26,11 @@ publish headline tokens --adapters $rivals cea cea:tokens=X
 publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
 python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
 python data/ranks.py runs/headline > runs/ranks.txt && cp runs/ranks.txt data/results/headline/
-rivals="wider mlp descriptor experts-image"
-tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
 tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/aio5-seed0.txt
 cp runs/headline/steps.png data/results/length/aio5-seed0.png
-tinycea compare --suites patchwork --adapters $rivals cea --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/patchwork-seed0.txt
+rivals="wider mlp descriptor experts-image"
+tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
+tinycea compare --suites patchwork --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/patchwork-seed0.txt
 publish ablation tokens --split validation --suites aio5 patchwork --adapters wider experts-image descriptor cea cea:tokens=X \
     cea:tokens=X,slots=decoders.0 cea:slots=decoders.0 cea:slots=decoders.0,width=26,heads=2
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
