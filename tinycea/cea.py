@@ -29,7 +29,7 @@ class CEAConfig:
     affinity: "signed" | "softmax" | "topk" (softmax over the `topk` largest affinities of a token).
     level: "token" | "image" (every token gets the image's mean affinities).
     static: "" | "A" | "U" | "AU", the factors that are learned constants (R,C) instead of written for each image.
-    tokens: "Xhat" | "X", what the affinities are taken of. X keeps the tokens' magnitude and trained better (data/results/ablation).
+    tokens: "Xhat" | "X", what the affinities are taken of. X keeps the tokens' magnitude, which helps on aio5 (data/results).
     """
     rank: int = 8
     heads: int = 4
