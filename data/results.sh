@@ -5,7 +5,6 @@
 # cea.py; its raw=true is now tokens=X.
 # So do windows.* there, with beyond/windows.patch on top of commit a57b6bb: tinycea compare --split validation --suites aio5 patchwork --seeds 2
 # --adapters cea cea:window=6 cea:window=4 cea:gates=true --out runs/windows && python data/ranks.py runs/windows
-# data/results/all-suites.json: tinycea train --suite aio3+aio5+cdd11+patchwork --adapter cea:tokens=X --steps 40000 --out runs/all-suites
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rivals="wider static mlp descriptor prompt experts-image experts-token"

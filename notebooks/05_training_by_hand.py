@@ -565,7 +565,7 @@ for size, averaged in (("one token", lambda maps: maps), ("mean of 9 × 9 tokens
     scores[size] = np.array(rows)
     affinities, directions, everything, control, low, high = scores[size].mean(0)
     print(f"{size:20s} affinities {affinities:.3f}, 8 at random {directions:.3f} ({low:.3f} to {high:.3f}), "
-          f"all 24 features {everything:.3f}, clean control {control:.3f}")
+          f"all {shipped_config.width} features {everything:.3f}, clean control {control:.3f}")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
@@ -573,7 +573,7 @@ for axis, (size, rows) in zip(axes, scores.items()):
     place = np.arange(1, len(rows) + 1)
     axis.errorbar(place, rows[:, 1], (rows[:, 1] - rows[:, 4], rows[:, 5] - rows[:, 1]), fmt="s", mfc="white",
                   ms=4, label="8 random directions\n(mean and range of 20)")
-    for column, shift, marker, label in ((0, -0.25, "o", "the 8 affinities"), (2, 0.25, "^", "all 24 features"),
+    for column, shift, marker, label in ((0, -0.25, "o", "the 8 affinities"), (2, 0.25, "^", f"all {shipped_config.width} features"),
                                          (3, 0, "x", "affinities of\nthe clean photo")):
         axis.plot(place + shift, rows[:, column], ls="", marker=marker, ms=5, label=label)
     axis.axhline(1 / 3, color="0.4", ls=":", label="guessing")

@@ -590,7 +590,7 @@ plt.show()
 # %%
 image_config = replace(shipped_config, adapter=replace(shipped_config.adapter, level="image"))
 layer = {name: value.astype(np.float64) for name, value in under(shipped, f"adapters.{stage}").items()}
-x = np.random.default_rng(3).normal(size=(1, 9, 11, 24))
+x = np.random.default_rng(3).normal(size=(1, 9, 11, shipped_config.width))
 y_token, y_image = (cea.cea(x, layer, config.adapter, ops)[0] for config in (shipped_config, image_config))
 update = (y_token - x).mean((1, 2), keepdims=True)
 assert close(y_image, x + update) and np.abs(y_token - x - update).max() > 1e-3
