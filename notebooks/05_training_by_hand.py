@@ -9,7 +9,7 @@
 # 3. AdamW is four lines; its first step has size $\eta$ in every parameter, whatever the gradient's size.
 # 4. A network that cannot learn one patch by heart has a bug; this one can, and is no restorer for that.
 # 5. Ten lines are all of training: the library's `train` ends with the same bits.
-# 6. The shipped weights remove noise, rain and darkness, little haze and hardly any blur; 200 steps do a little of it.
+# 6. The shipped weights remove noise, rain, darkness and some haze, and no blur; 200 steps do a little of it.
 # 7. Affinity maps tell degradations apart, but random directions in the same features do nearly as well, and all of the features better.
 #
 # `close` means: equal up to rounding in float64.
@@ -394,7 +394,7 @@ print(restore.format_table(result["rows"]))
 # %% [markdown]
 # ## 6. Restoring a photograph
 #
-# The table above is about three photographs that no run ever trained on. Here is one of them, with noise, restored by our 200 steps and by the weights in the package (30000 steps). A detail is shown; the PSNR is of the
+# The table above is about three photographs that no run ever trained on. Here is one of them, with noise, restored by our 200 steps and by the weights in the package (64000 steps of a wider network, on more degradations). A detail is shown; the PSNR is of the
 # whole photograph.
 
 # %%
@@ -424,8 +424,7 @@ assert table["noise25"][1] > table["noise25"][0]
 
 # %% [markdown]
 # What is seen: after 200 steps the noise is a little weaker and still there. The shipped weights remove it, and the finest fur with it: what is left of it looks brushed. In the table, noise, rain and low light
-# gain most from the longer training. Haze does not: on this photograph our 200 steps do slightly better than the shipped weights. Blur is not removed by either, and the short run costs a photograph that is hardly
-# blurred about 2 dB.
+# gain most from the longer training, haze about 4 dB. Blur is not removed by either, and both cost a photograph that is hardly blurred about 2 dB.
 
 # %% [markdown]
 # ## 7. Affinity maps over a patchwork
@@ -515,10 +514,10 @@ print(f"variance of the 8 maps in their 4 leading principal components: {min(com
 assert min(components) > 0.9 and np.abs(edges).max() < 0.5 and np.abs(brightness).max() < 0.6
 
 # %% [markdown]
-# - Both signs occur in every map; the rarer one has from 7 % (r = 4) to 38 % (r = 1) of the entries.
-# - There are fewer than eight different maps: four combinations of them hold 95 % of their variance.
-# - The eye finds edges and bright places in them, but no single map is a picture of either: the largest of 48 correlations is 0.27 with the slope (the length of the brightness's gradient) and 0.40 with the brightness. All
-#   eight together account for 18 to 37 % of the brightness's variance.
+# - Both signs occur in every map; the rarer one has from 15 % (r = 2) to 39 % (r = 3) of the entries.
+# - There are fewer than eight different maps: four combinations of them hold 98 % of their variance.
+# - The eye finds edges and bright places in them, but no single map is a picture of either: the largest of 48 correlations is 0.29 with the slope (the length of the brightness's gradient) and 0.27 with the brightness. All
+#   eight together account for 14 to 44 % of the brightness's variance.
 
 # %% [markdown]
 # **Do they know the regions?** Fit a linear classifier by least squares (one column per region, 1 inside and 0 outside), in half of the image, and test it in the other half. The halves are blocks of
@@ -526,7 +525,7 @@ assert min(components) > 0.9 and np.abs(edges).max() < 0.5 and np.abs(brightness
 #
 # $$\overline S = \frac{\overline{\hat X} A^\top}{\sqrt C} ,$$
 #
-# the affinities are a view of $C = 24$ features from $R = 8$ directions. So they compete with $8$ random directions, with all of $\hat X$, and with a control: the same affinities computed from the *clean* photograph, where
+# the affinities are a view of $C = 32$ features from $R = 8$ directions. So they compete with $8$ random directions, with all of $\hat X$, and with a control: the same affinities computed from the *clean* photograph, where
 # no degradation is to be seen and a classifier can only know what is usually where. Guessing gives 1/3.
 
 # %%
@@ -589,11 +588,11 @@ assert averaged[4] - 0.03 < averaged[0] < averaged[5] + 0.03     # but as random
 assert one_token[2] > one_token[0] + 0.05                   # one token's affinities know less than its features
 
 # %% [markdown]
-# **What the maps show.** The degradations are in them: means of 9 × 9 affinities name the region of 96 % of the tokens, those of the clean photograph 60 %. (That is more than 1/3, since a region may hold most of the table
+# **What the maps show.** The degradations are in them: means of 9 × 9 affinities name the region of 92 % of the tokens, those of the clean photograph 61 %. (That is more than 1/3, since a region may hold most of the table
 # or the fur. Without this control all of it would seem to be the degradation's.)
 #
-# **What they do not show.** That the layer chose these directions to tell degradations apart. Eight random directions in the same features reach 95 %, and on average the affinities lie within the range of the draws. Of a single token the
-# affinities do tell a little more, 0.76 against 0.71, about as much as the best of twenty draws (0.78); all 24 features tell 0.86. So it is the features that know the degradation, and a map of almost any direction in them
+# **What they do not show.** That the layer chose these directions to tell degradations apart. Eight random directions in the same features reach 89 %, and on average the affinities lie within the range of the draws. Of a single token the
+# affinities do tell more, 0.78 against 0.69, a little more than the best of twenty draws (0.75); all 32 features tell 0.84. So it is the features that know the degradation, and a map of almost any direction in them
 # would look telling. Nor is a component an expert for rain: by the change of basis above, components are not even defined one by one. And a map says where an affinity is large, not what the image would lose without
 # it; for that one has to take the affinities away and measure.
 #
