@@ -1,4 +1,4 @@
-"""Proves CEA's rivals: each equals loops written here from its definition, starts as the identity, and every one of its parameters learns.
+"""Proves CEA's rivals: each equals loops written here from its definition, starts as the identity, every parameter learns.
 
 The loops share nothing with the package: plain indices, one number at a time.
 """
@@ -95,7 +95,8 @@ def loop_experts(x, Xhat, p, config):
     y, C = x.copy(), x.shape[-1]
     E, r = config.experts, config.rank
     for b, h, w in pixels(x):
-        gates = softmax([dot(mean_token(Xhat, b) if config.level == "image" else Xhat[b, h, w], p["W_g"][:, e]) for e in range(E)])
+        token = mean_token(Xhat, b) if config.level == "image" else Xhat[b, h, w]
+        gates = softmax([dot(token, p["W_g"][:, e]) for e in range(E)])
         for e in sorted(range(E), key=lambda e: gates[e])[-config.topk:]:
             for column in range(e * r, e * r + r):
                 S = dot(Xhat[b, h, w], p["A"][column]) / math.sqrt(C)
@@ -168,7 +169,8 @@ def test_gradients_are_added_and_nothing_is_modified(room, config):
     dx = family(config).backward(dy, cache, once)
     assert np.array_equal(family(config).backward(dy, cache, more), dx)                           # the cache serves twice
     for name in p:
-        assert np.abs(more[name] - once[name] - 1).max() < RTOL["the same sum in another order"] * max(1, np.abs(more[name]).max())
+        difference, scale = np.abs(more[name] - once[name] - 1).max(), max(1, np.abs(more[name]).max())
+        assert difference < RTOL["the same sum in another order"] * scale
     assert snapshot([x, *p.values(), dy, y]) == before
 
 
@@ -254,8 +256,8 @@ def test_start_is_repeatable_and_of_the_scale_it_says(config):
 
 # ---- resizing ----------------------------------------------------------------------------------------------------------
 
-RESIZED = [((2, 3, 5, 2), (7, 4)), ((1, 8, 8, 3), (24, 24)), ((1, 8, 8, 1), (5, 3)), ((3, 1, 4, 2), (6, 1)), ((1, 2, 2, 1), (1, 1)),
-           ((1, 1, 1, 1), (3, 5))]
+RESIZED = [((2, 3, 5, 2), (7, 4)), ((1, 8, 8, 3), (24, 24)), ((1, 8, 8, 1), (5, 3)), ((3, 1, 4, 2), (6, 1)),
+           ((1, 2, 2, 1), (1, 1)), ((1, 1, 1, 1), (3, 5))]
 
 
 @pytest.mark.parametrize("shape, size", RESIZED)
@@ -332,7 +334,7 @@ def aux(config, x, p):
 @pytest.mark.parametrize("level", ("image", "token"))
 @pytest.mark.parametrize("k", (1, 2))
 def test_balance_is_in_the_gradient_and_only_there(room, level, k):
-    """With it, minus without it, is the gradient of balance times the auxiliary loss, which is held against the loop's differences."""
+    """With it, minus without it, is the gradient of balance times the auxiliary loss, held against the loop's differences."""
     with_it, without = (ExpertsConfig(3, k, 2, level, balance) for balance in (0.7, 0))
     x, p, _ = layer(with_it, (2, 2, 3, 5))
     dy = np.random.default_rng(1).normal(size=x.shape)

@@ -42,8 +42,9 @@ def test_exponents():
     assert bench.exponent(sizes, sizes**3.0) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)),
-                                        ("NAFBlock forward+backward", (2, 5, 7, 6)), ("training step", (2, 10)), ("inference", (1, 12))])
+@pytest.mark.parametrize("kind, size", [
+    ("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)), ("NAFBlock forward+backward", (2, 5, 7, 6)),
+    ("training step", (2, 10)), ("inference", (1, 12))])
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
 def test_both_sides_compute_the_same(kind, size, layout):
     pytest.importorskip("torch")
@@ -70,8 +71,9 @@ def test_quick_bench_as_a_user_runs_it(capsys):
     assert cli.main(["bench", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     check(rows)
-    kinds = ["CEA forward+backward", "NAFBlock", "training step", "inference", "time, inference", "memory of arrays, training step",
-             "peak memory, training step", "cold start, import", "cold start, tinycea gradcheck"]
+    kinds = ["CEA forward+backward", "NAFBlock", "training step", "inference", "time, inference",
+             "memory of arrays, training step", "peak memory, training step", "cold start, import",
+             "cold start, tinycea gradcheck"]
     assert all(any(row["name"].startswith(kind) for row in rows) for kind in kinds)
 
 
@@ -84,7 +86,8 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench, "bench", lambda quick: iter(rows))
     assert cli.main(["bench"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(rows) + 2 and re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1]) and "torch" not in printed[-1]
+    assert len(printed) == len(rows) + 2 and "torch" not in printed[-1]
+    assert re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1])
 
 
 def test_a_process_that_dies_is_one_sentence(capfd):

@@ -61,7 +61,8 @@ def test_shipped_weights_denoise_a_held_out_photograph():
 
 def test_degrade_is_reproducible_and_seeded(tmp_path, photo):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert cli.main(["degrade", str(photo), "-o", str(tmp_path / f"{name}.png"), "--as", "haze+rain", "--seed", str(seed)]) == 0
+        out = str(tmp_path / f"{name}.png")
+        assert cli.main(["degrade", str(photo), "-o", out, "--as", "haze+rain", "--seed", str(seed)]) == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b and a != c
     assert read_image(tmp_path / "a.png")[0].shape == read_image(photo)[0].shape
@@ -104,8 +105,8 @@ def test_gradcheck_exits_1_on_a_wrong_gradient(monkeypatch, capsys):
 
 def test_a_short_run_from_the_command_line(tmp_path, photo):
     """As typed in a shell, warnings as errors, on a folder of one's own."""
-    command = [sys.executable, "-W", "error", "-m", "tinycea.cli", "train", "--steps", "2", "--suite", "patchwork", "--adapter", "none",
-               "--images", str(tmp_path), "--out", "run"]
+    command = [sys.executable, "-W", "error", "-m", "tinycea.cli", "train", "--steps", "2", "--suite", "patchwork",
+               "--adapter", "none", "--images", str(tmp_path), "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "average" in done.stdout and (tmp_path / "run" / "result.json").exists()

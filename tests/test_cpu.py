@@ -21,7 +21,8 @@ LARGE = dict(B=2, H=97, W=89, C=47, O=5, R=17, h=3, d=7)  # an image is several 
 EVERY_SIZE = pytest.mark.parametrize("sizes", [*SIZES.values(), PRIMES, JOINED], ids=[*SIZES, "primes", "joined"])
 TILES = (64, 100, 200, 500, 1500, 2**18)                  # numbers: from one row of an image to all images
 EVERY_TILE = pytest.mark.parametrize("tile", TILES)
-OWN = [case for case in OPS if any(getattr(cpu, door) is not getattr(reference, door) for door in (case[0], case[0] + "_backward"))]
+OWN = [case for case in OPS
+       if any(getattr(cpu, door) is not getattr(reference, door) for door in (case[0], case[0] + "_backward"))]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def answers(room, name, arrays, settings, layout=lambda a: a):
 
 
 def agree(mine, right):
-    """Tensor by tensor: same dtype and shape, and RTOL; one that is zero throughout, as layernorm's dx over one channel, to RTOL itself."""
+    """Tensor by tensor: same dtype and shape, and RTOL; to RTOL itself where all is zero, as layernorm's dx over one channel."""
     for a, b in zip(mine, right, strict=True):
         assert (a is None) == (b is None)
         if b is not None:
@@ -174,7 +175,7 @@ def test_same_inputs_same_bytes(dtype):
         return [bytes_of(np.copy, case, dtype) for case in OPS]
     first = all_ops()
     assert all_ops() == first
-    for name, settings, letters in OPS:                      # nothing of the first is left over in these, nor of these in the last
+    for name, settings, letters in OPS:                      # nothing of the first is left in these, nor of these in the last
         drawn = draw(letters, settings, MAPPED, dtype)
         agree(*(answers(room, name, *drawn, TURNS[1]) for room in ("cpu", "reference")))
     assert all_ops() == first
@@ -200,7 +201,7 @@ def test_two_threads_at_once(hasty):
 
 
 def test_two_threads_in_step():
-    """Each goes on to the next instruction of cpu only with the other: whatever they shared, one would read as the other left it."""
+    """Each goes on to cpu's next instruction only with the other: whatever they shared, one would read as the other left it."""
     def trace(frame, event, argument):
         if frame.f_globals is vars(cpu):
             frame.f_trace_opcodes = True

@@ -1,4 +1,4 @@
-"""Proves the GPU backend: host code and kernels against reference, in the emulator and, marked `gpu`, on a GPU where there is one."""
+"""Proves the GPU backend: host code and kernels against reference, in the emulator and, marked `gpu`, on a GPU where one is."""
 import importlib
 import re
 import subprocess
@@ -111,8 +111,8 @@ def test_the_assembly_on_tensor_cores(ops, C, R):
 
 
 def test_the_assembly_on_tensor_cores_checked(emulated, monkeypatch):
-    launched = []
-    monkeypatch.setattr(emulated, "_launch", lambda kernel, *rest, launch=emulated._launch: (launched.append(kernel), launch(kernel, *rest)))
+    launched, launch = [], emulated._launch
+    monkeypatch.setattr(emulated, "_launch", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)))
     for seed in (0, 1):
         with cupy.schedule(seed=seed, check=True):
             compare_on(emulated, "assembly", parts(48, 65, 32), (), "float32")
@@ -123,8 +123,9 @@ def compare_half(ops, C, N):
     """The assembly with its tokens in float16, held against reference in float64 on the same, rounded numbers."""
     arrays = [a.astype(dtype) for a, dtype in zip(parts(C, N, 5).values(), "eeff")]
     dy = n(2, N, C)[::-1].astype("e")
+    exact = [a.astype(float) for a in arrays]
     expected, got = ([room.to_host(a) for a in (y, *room.assembly_backward(room.to_device(upstream), cache))]
-                     for room, factors, upstream in ((reference, [a.astype(float) for a in arrays], dy.astype(float)), (ops, arrays, dy))
+                     for room, factors, upstream in ((reference, exact, dy.astype(float)), (ops, arrays, dy))
                      for y, cache in [room.assembly(*map(room.to_device, factors))])
     for what, a, b in zip(("y", "x", "xhat", "A", "U"), got, expected):
         tolerance = TOLERANCE["float32" if what in "AU" else "float16"]        # one rounding to 11 bits, where it is stored
@@ -149,9 +150,18 @@ def test_half_precision_is_all_tokens_or_none(emulated):
             emulated.assembly(*(a.astype(dtype) for a, dtype in zip((x, xhat, A, U), dtypes)))
 
 
+TOKENS_OF_A_WARP = '''; t += W::SHARES) {
+            #pragma unroll
+            for (int j = 0; j < W::CHUNKS; ++j) {
+                const int c = W::channel(j);
+                if (c >= C) continue;
+                const size_t i = image + (size_t)(n0 + t) * C + c;
+                T v'''
 MUTANTS = [                                   # file, what is written there, what is broken, the door that must notice
-    ("common.cuh", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {\n        __syncthreads();", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {", "assembly"),
-    ("common.cuh", "T(0);\n        }\n        __syncthreads();\n        #pragma unroll 8", "T(0);\n        }\n        #pragma unroll 8", "assembly"),
+    ("common.cuh", "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {\n        __syncthreads();",
+     "s[EACH] = {};\n    for (int c0 = 0; c0 < C; c0 += K) {", "assembly"),
+    ("common.cuh", "T(0);\n        }\n        __syncthreads();\n        #pragma unroll 8",
+     "T(0);\n        }\n        #pragma unroll 8", "assembly"),
     ("common.cuh", "= scale * s[k];\n    __syncthreads();", "= scale * s[k];", "assembly"),
     ("common.cuh", "token < n && c < C ?", "token <= n && c < C ?", "assembly"),
     ("common.cuh", "SHARES = ALL / ACROSS", "SHARES = ALL", "assembly"),
@@ -159,21 +169,23 @@ MUTANTS = [                                   # file, what is written there, wha
     ("common.cuh", "T(rows[(size_t)token * C + c])", "T(rows[(size_t)token * C + c / 2 * 2])", "half"),
     ("assembly.cu", "dxhat[i] = H(v);", "dxhat[i] = xi;", "half"),
     ("assembly.cu", "da[j][r] += ds[t][r] * xi;", "da[j][r] += s[t][r] * xi;", "assembly"),
-    ("assembly.cu", "n0 + t < n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v",
-     "n0 + t <= n; t += W::SHARES) {\n            #pragma unroll\n            for (int j = 0; j < W::CHUNKS; ++j) {\n                const int c = W::channel(j);\n                if (c >= C) continue;\n                const size_t i = image + (size_t)(n0 + t) * C + c;\n                T v", "assembly"),
+    ("assembly.cu", "n0 + t < n" + TOKENS_OF_A_WARP, "n0 + t <= n" + TOKENS_OF_A_WARP, "assembly"),
     ("assembly_tf32.cu", "wmma::mma_sync(sum, a.small, b.big, sum);", "", "tensor cores"),
     ("layernorm.cu", "dbias[j] : dweight[j];\n        __syncthreads();", "dbias[j] : dweight[j];", "layernorm"),
     ("layernorm.cu", "sum - xhat[j] * product", "sum", "layernorm"),
     ("layernorm.cu", "if (lane + 32 * j < C) squares", "squares", "layernorm"),
     ("column_sum.cu", "= total;\n    __syncthreads();", "= total;", "layernorm"),
     ("column_sum.cu", "i = 1; i < 8", "i = 1; i < 7", "layernorm"),
-    ("probe.cu", "highest[warp][m] = most;\n        }\n        __syncthreads();", "highest[warp][m] = most;\n        }", "summarize"),
+    ("probe.cu", "highest[warp][m] = most;\n        }\n        __syncthreads();",
+     "highest[warp][m] = most;\n        }", "summarize"),
     ("probe.cu", "peak[k] = now;\n        }\n        __syncthreads();", "peak[k] = now;\n        }", "summarize"),
     ("probe.cu", "for (int m = 0; m < M; ++m) seen[j][m] *= shrink[m];", "", "summarize"),
     ("probe.cu", "lane + 32 * k] = mass[k];", "lane + 32 * k] = mass[k] + 1;", "summarize"),
-    ("probe.cu", "(dl[t][m] - center[query + m]);\n        }\n        __syncthreads();", "(dl[t][m] - center[query + m]);\n        }", "summarize"),
+    ("probe.cu", "(dl[t][m] - center[query + m]);\n        }\n        __syncthreads();",
+     "(dl[t][m] - center[query + m]);\n        }", "summarize"),
     ("depthwise.cu", "h + i < H", "h + i <= H", "gated_depthwise3x3"),
-    ("depthwise.cu", "[threadIdx.x] = sums[k / 10][k % 10];\n        __syncthreads();", "[threadIdx.x] = sums[k / 10][k % 10];", "gated_depthwise3x3"),
+    ("depthwise.cu", "[threadIdx.x] = sums[k / 10][k % 10];\n        __syncthreads();",
+     "[threadIdx.x] = sums[k / 10][k % 10];", "gated_depthwise3x3"),
     ("scale.cu", "= sum;\n    __syncthreads();", "= sum;", "scale_channels"),
     ("scale.cu", "blockIdx.z * C + c];\n    for", "blockIdx.x * C + c];\n    for", "scale_channels"),
 ]
@@ -211,7 +223,8 @@ def instances(emulated, C, R, heads=4):
     result = {}
     for T, size in (("float", 4), ("double", 8)):
         tile, wide = (emulated._tile(M, np.dtype(f"f{size}")) for M in (R, heads * R))
-        for file, names in {"layernorm": (f"layernorm<{T}, {C}>", f"layernorm_backward<{T}, {C}>"), "column_sum": (f"column_sum<{T}>",),
+        for file, names in {"layernorm": (f"layernorm<{T}, {C}>", f"layernorm_backward<{T}, {C}>"),
+                            "column_sum": (f"column_sum<{T}>",),
                             "depthwise": (f"depthwise<{T}>", f"gated_depthwise<{T}>", f"gated_depthwise_backward<{T}>"),
                             "scale": (f"scale<{T}>", f"scale_backward<{T}>"), "adamw": (f"adamw<{T}>",),
                             "assembly": (f"assembly<{T}, {C}, {R}, {tile}>", f"assembly_backward<{T}, {C}, {R}, {tile}>"),
@@ -233,7 +246,8 @@ def test_every_kernel_compiles_for_gpus_without_spills(emulated, arch, C):
     named = instances(emulated, C, 8)
     assert set(named) == {path.stem for path in (Path(emulated.__file__).parent / "kernels").glob("*.cu")}
     for file, names in named.items():
-        assert set(re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))) == {name.split("<")[0] for name in names}
+        written = re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))
+        assert set(written) == {name.split("<")[0] for name in names}
         for name, cost in nvrtc.compile("#include <cuda_fp16.h>\n" + emulated.source(file), names, arch).items():
             assert cost["spills"] == cost["stack"] == 0, (name, cost)
 
@@ -264,13 +278,13 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
         after.append((loss, room.to_host(g.flat), room.to_host(p.flat)))
     (loss, g, p), (loss_cpu, g_cpu, p_cpu) = after
     assert abs(loss - loss_cpu) < 1e-4 * abs(loss_cpu) and np.abs(g - g_cpu).max() < 1e-4 * np.abs(g_cpu).max()
-    moved = np.abs(g_cpu) > 1e-3 * np.abs(g_cpu).max()                          # Adam's first step is a sign: not where it is noise
+    moved = np.abs(g_cpu) > 1e-3 * np.abs(g_cpu).max()                       # Adam's first step is a sign: not where it is noise
     assert moved.mean() > 0.5 and np.abs(p - p_cpu)[moved].max() < 1e-4 * np.abs(p_cpu).max()
 
 
 def test_gradients_in_float64(ops):
-    names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "attended_conv1x1", "summarize", "assembly (tokens first)",
-             "cea (signed, token, static none)", "cea (signed, token, static none, of X)"}
+    names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "attended_conv1x1", "summarize",
+             "assembly (tokens first)", "cea (signed, token, static none)", "cea (signed, token, static none, of X)"}
     for name, tolerance, forward, backward, inputs in gradcheck.cases(ops):
         if name in names:
             names.remove(name)
@@ -290,11 +304,12 @@ def test_what_does_not_fit_goes_to_reference(ops):
 
 def test_attention_is_references(ops):
     inputs, settings = DOORS["summarize"](5, 31)
-    P = [room.to_host(room.attention(room.summarize(*map(room.to_device, inputs.values()), *settings)[1])) for room in (ops, reference)]
+    P = [room.to_host(room.attention(room.summarize(*map(room.to_device, inputs.values()), *settings)[1]))
+         for room in (ops, reference)]
     np.testing.assert_allclose(*P, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in DOORS if n != "summarize"])                  # its products refuse such shapes themselves
+@pytest.mark.parametrize("name", [n for n in DOORS if n != "summarize"])         # its products refuse such shapes themselves
 def test_a_wrong_shape_is_refused_before_a_kernel_reads_past_the_end(emulated, name):
     inputs, settings = DOORS[name](5, 31)
     y, cache = getattr(emulated, name)(*inputs.values(), *settings)
@@ -344,11 +359,12 @@ def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypat
     p = train.train(recipe, tmp_path / "run")
     on_cpu = train.train(replace(recipe, backend="cpu"), tmp_path / "cpu")
     assert np.abs(p.flat - on_cpu.flat).max() < 1e-3 and (tmp_path / "run" / "state.safetensors").exists()
-    again = train.train(recipe, tmp_path / "run", resume=True)                   # nothing left to do: the saved state, on the device again
+    again = train.train(recipe, tmp_path / "run", resume=True)       # nothing left to do: the saved state, on the device again
     assert np.array_equal(again.flat, p.flat)
 
 
-@pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)), ("training step", (2, 10))])
+@pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)),
+                                        ("training step", (2, 10))])
 def test_the_benchs_jobs_compute_the_same_on_the_gpu(ops, kind, size):
     for a, b in zip(bench.ours(kind, size, ops)(), bench.ours(kind, size)(), strict=True):
         assert np.abs(ops.to_host(a) - b).max() <= bench.TOLERANCE * np.abs(b).max()
@@ -364,7 +380,8 @@ def test_the_gpu_bench_has_a_row_for_every_op(emulated, monkeypatch):
 
 
 def test_the_gpu_bench_on_the_command_line(emulated, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "bench_gpu", lambda quick: iter([bench.row("layernorm", [2.0], [3.0], "copy on the device", "gb")]))
+    row = bench.row("layernorm", [2.0], [3.0], "copy on the device", "gb")
+    monkeypatch.setattr(bench, "bench_gpu", lambda quick: iter([row]))
     with cupy.installed():
         assert cli.main(["bench", "--backend", "cuda"]) == 0
     printed = capsys.readouterr().out

@@ -58,13 +58,15 @@ def test_the_checking_mode_reports_nothing(name, seed):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_schedule_gives_the_same_bits(name):
-    first, *others = ([computed.tobytes() for computed, _ in CASES[name].run(module(CASES[name].file), seed=seed)] for seed in (0, 1, 7, 8))
+    first, *others = ([computed.tobytes() for computed, _ in CASES[name].run(module(CASES[name].file), seed=seed)]
+                      for seed in (0, 1, 7, 8))
     assert all(other == first for other in others)
 
 
 def test_float_math_stays_float():
     code = """extern "C" __global__ void f(float* y) {
-        y[0] = abs(-0.75f);  y[1] = exp(1.f);  y[2] = rsqrt(2.f);  y[3] = min(3u, 4);  y[4] = sizeof(rsqrt(2.f)) + sizeof(exp(1.f)); }"""
+        y[0] = abs(-0.75f);  y[1] = exp(1.f);  y[2] = rsqrt(2.f);  y[3] = min(3u, 4);
+        y[4] = sizeof(rsqrt(2.f)) + sizeof(exp(1.f)); }"""
     y = np.zeros(5, np.float32)
     inline(code, "f")((1,), (1,), (y,))
     np.testing.assert_allclose(y, [0.75, np.e, 0.5**0.5, 3, 8], rtol=1e-6)
@@ -102,14 +104,16 @@ def test_a_report_names_both_lines():
         CASES["attention"].run(module("attention", True, mutant), seed=2)
     rows = str(caught.value).splitlines()
     lines = source("attention").splitlines()
-    writes, reads = (1 + [i for i, line in enumerate(lines) if text in line][-1] for text in ("red[warp] = l", "m = fmaxf(m, red[i])"))
+    writes, reads = (1 + [i for i, line in enumerate(lines) if text in line][-1]
+                     for text in ("red[warp] = l", "m = fmaxf(m, red[i])"))
     assert rows[0] == "attn_combine<64>: seed 2"
     assert any(f"attention.cu:{writes} " in row and row.endswith(f"other attention.cu:{reads}") for row in rows[1:])
 
 
 def test_lines_follow_line_directives():
     code = '\n\n#line 7 "elsewhere.cu"\nextern "C" __global__ void f(float* y) { y[threadIdx.x] = 0; }\n'
-    with pytest.raises(cudacpu.KernelError, match=r"f: out-of-bounds access at elsewhere.cu:7, block \(0,0,0\) .* argument 0 \(4,\)"):
+    said = r"f: out-of-bounds access at elsewhere.cu:7, block \(0,0,0\) .* argument 0 \(4,\)"
+    with pytest.raises(cudacpu.KernelError, match=said):
         inline(code, "f")((1,), (32,), (np.zeros(4, np.float32),))
 
 
@@ -180,7 +184,8 @@ def test_launch_bounds_and_larger_shared_memory():
 def test_source_that_does_not_compile():
     with pytest.raises(cudacpu.KernelError, match=r"kernel.cu:1:\d+: error: .*nonsense"):
         cudacpu.RawModule(code='extern "C" __global__ void f() { nonsense; }')
-    with pytest.raises(cudacpu.KernelError, match="no kernel is called g: the module has saxpy, last_block_sum, warp_tricks, histogram"):
+    said = "no kernel is called g: the module has saxpy, last_block_sum, warp_tricks, histogram"
+    with pytest.raises(cudacpu.KernelError, match=said):
         module("misc").get_function("g")
 
 
@@ -189,7 +194,8 @@ def test_two_processes_may_compile_the_same_kernel(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
     both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert sorted(path.suffix for path in (tmp_path / "tinycea-cudacpu").iterdir()) == [".so", ".so"]      # the runtime and the kernel
+    left = [path.suffix for path in (tmp_path / "tinycea-cudacpu").iterdir()]
+    assert left == [".so", ".so"]                                          # the runtime and the kernel
 
 
 # ---- NVRTC -----------------------------------------------------------------------------------------------------------
@@ -217,7 +223,8 @@ def test_nvrtc_says_what_a_kernel_costs():
 
 @needs_nvrtc
 def test_nvrtc_refuses_with_the_compilers_log():
-    with pytest.raises(cudacpu.KernelError, match=r'NVRTC refuses this source for sm_90:(.|\n)*error: identifier "INFINITY" is undefined'):
+    said = r'NVRTC refuses this source for sm_90:(.|\n)*error: identifier "INFINITY" is undefined'
+    with pytest.raises(cudacpu.KernelError, match=said):
         nvrtc.compile('extern "C" __global__ void f(float* y) { y[0] = INFINITY; }')
 
 

@@ -114,7 +114,8 @@ def test_haze_at_one_depth_is_the_closed_form():
     beta, light = draw.uniform(1, 2), draw.uniform(0.6, 0.9)
     for strength, near in ((1, 0.5), (0.3, 0.5), (1, 1)):
         t = np.exp(-strength * beta * min(near, 0.7))
-        assert np.allclose(haze(SCENE.image, rng(8), strength, depth=0 * depth + near), SCENE.image * t + light * (1 - t), atol=1e-6)
+        hazy = haze(SCENE.image, rng(8), strength, depth=0 * depth + near)
+        assert np.allclose(hazy, SCENE.image * t + light * (1 - t), atol=1e-6)
     assert np.array_equal(haze(SCENE.image, rng(), depth=0 * depth), SCENE.image)
 
 
@@ -185,7 +186,8 @@ def test_blur_is_a_convolution_mirrored_at_the_borders():
     psf, image = PSFS["stray"], SCENE.image[:9, :11]
     m = len(psf) // 2
     mirrored = np.pad(image, ((m, m), (m, m), (0, 0)), mode="symmetric")
-    direct = sum(psf[m + i, m + j] * mirrored[m - i:m - i + 9, m - j:m - j + 11] for i in range(-m, m + 1) for j in range(-m, m + 1))
+    direct = sum(psf[m + i, m + j] * mirrored[m - i:m - i + 9, m - j:m - j + 11]
+                 for i in range(-m, m + 1) for j in range(-m, m + 1))
     assert np.allclose(blur(image, psf), direct, atol=1e-6)
 
 
@@ -284,7 +286,8 @@ def test_the_calibration_table_holds_cdd11():
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row["entry"])
 def test_strengths_are_those_of_cdd11_and_of_the_table(row):
-    psnr = np.mean([-10 * np.log10(mse(degrade(Scene(image), row["entry"], rng(seed)), image)) for image in TEST for seed in range(6)])
+    psnr = np.mean([-10 * np.log10(mse(degrade(Scene(image), row["entry"], rng(seed)), image))
+                    for image in TEST for seed in range(6)])
     assert abs(psnr - float(row["test_dB"])) < 0.1                                # the table is this code's, seed for seed
     assert not row["cdd11_dB"] or abs(psnr - float(row["cdd11_dB"])) < 3
     assert row["entry"] != "blur" or 23 < psnr < 27

@@ -67,7 +67,8 @@ def test_wrong_gradient_fails_and_is_named(name, wrong):
 def patched(**changes):
     """The reference operations with some of them replaced, for each other too."""
     names = vars(reference).copy()
-    names.update({name: FunctionType(f.__code__, names, name, f.__defaults__) for name, f in names.items() if isinstance(f, FunctionType)})
+    names.update({name: FunctionType(f.__code__, names, name, f.__defaults__)
+                  for name, f in names.items() if isinstance(f, FunctionType)})
     names.update(changes)
     return SimpleNamespace(**names)
 
@@ -169,7 +170,8 @@ def test_right_gradient_passes_through_any_settings():
     def backward(dy, cache):
         return dy * np.cos(cache[0])
     for settings in (dict(), dict(seed=5), dict(directions=1), dict(tolerance=1e-8)):
-        assert verdict(lambda x: (np.sin(x), (x,)), backward, {"x": np.linspace(-1, 2, 35).reshape(5, 7)}, **settings) == {"x": True}
+        x = np.linspace(-1, 2, 35).reshape(5, 7)
+        assert verdict(lambda x: (np.sin(x), (x,)), backward, {"x": x}, **settings) == {"x": True}
 
 
 @pytest.mark.parametrize("x", [np.ones((3, 1)), np.ones((50, 41, 1))], ids=["jacobian", "directions"])
@@ -249,7 +251,8 @@ def test_report_is_repeatable_and_shows_the_broken_ones(monkeypatch):
     assert [row["name"] for row in report[:len(small)]] == [case[0] for case in small]
     assert len(report) == len(small) + 4 and all(row["passed"] for row in report)
     assert all(row["relative_error"] > 1e-4 for row in report[len(small):])
-    assert report[0].keys() >= {"name", "arguments", "argument", "analytic", "numeric", "relative_error", "taylor_slope", "seed", "tolerance"}
+    assert report[0].keys() >= {"name", "arguments", "argument", "analytic", "numeric", "relative_error", "taylor_slope", "seed",
+                                "tolerance"}
 
 
 def test_report_shows_a_wrong_operation(monkeypatch):
@@ -267,7 +270,8 @@ CONFIGS = [CEAConfig(rank=3, heads=2, affinity=affinity, level=level, static=sta
 CONFIGS += [replace(config, tokens="X") for config in CONFIGS if config.static != "AU"]
 
 
-@pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)], ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.tokens}-{c.rank}")
+@pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)],
+                         ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.tokens}-{c.rank}")
 def test_fresh_cea_layer_is_the_identity(config):
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):
@@ -315,7 +319,8 @@ def test_gradients_are_added_never_written_over(adapter):
     dx = nafnet.nafnet_backward(y, cache, once)
     assert np.array_equal(nafnet.nafnet_backward(y, cache, more), dx)              # the cache serves twice
     nothing = [name for name, value in once.items() if not value.any()]
-    assert not nothing and np.abs(more.flat - start - once.flat).max() < RTOL["same sum in another order"] * np.abs(more.flat).max()
+    off = np.abs(more.flat - start - once.flat).max()
+    assert not nothing and off < RTOL["same sum in another order"] * np.abs(more.flat).max()
 
 
 def test_image_without_caches_is_the_same_image():

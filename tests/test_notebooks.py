@@ -12,7 +12,8 @@ nbclient, jupytext = pytest.importorskip("nbclient"), pytest.importorskip("jupyt
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
-NAMES = ["01_token_assembly", "02_hyper_adapter", "03_linear_attention", "04_gradient_checking", "05_training_by_hand", "06_does_it_hold"]
+NAMES = ["01_token_assembly", "02_hyper_adapter", "03_linear_attention", "04_gradient_checking", "05_training_by_hand",
+         "06_does_it_hold"]
 HEADLESS = os.environ | {"MPLBACKEND": "agg"}
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -40,7 +41,8 @@ def test_it_runs_from_its_source(name):
 @every
 def test_the_committed_form_is_the_source_executed(name):
     source, committed = (jupytext.read(FOLDER / f"{name}.{suffix}") for suffix in ("py", "ipynb"))
-    cells = [[(cell.cell_type, cell.source, cell.metadata.get("jupyter")) for cell in notebook.cells] for notebook in (source, committed)]
+    cells = [[(cell.cell_type, cell.source, cell.metadata.get("jupyter")) for cell in notebook.cells]
+             for notebook in (source, committed)]
     assert cells[0] == cells[1]
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)) and not complaints(committed)
@@ -50,7 +52,8 @@ def test_the_committed_form_is_the_source_executed(name):
 @every
 def test_three_exercises_with_folded_solutions(name):
     cells = jupytext.read(FOLDER / f"{name}.py").cells
-    exercises = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and re.search(r"^\*\*\d\.\*\*", cell.source, re.M)]
+    exercises = [i for i, cell in enumerate(cells)
+                 if cell.cell_type == "markdown" and re.search(r"^\*\*\d\.\*\*", cell.source, re.M)]
     folded = [i for i, cell in enumerate(cells) if cell.metadata.get("jupyter", {}).get("source_hidden")]
     assert len(exercises) == 3 and folded == [i + 1 for i in exercises]
     assert all("assert" in cells[i].source for i in folded)
@@ -72,8 +75,9 @@ def test_docstrings_point_back():
     assert set(pointers) == set(NAMES)
 
 
-@pytest.mark.parametrize("right, wrong", [("dZ = dZ + through(dU", "dZ = dZ - through(dU"), ("dXhat += dXhat_Z", "dXhat -= dXhat_Z"),
-                                          ("dX_norm += dX\n", "dX_norm -= dX\n"), ("g[\"W_K\"] += dW_K", "g[\"W_K\"] -= dW_K")])
+@pytest.mark.parametrize("right, wrong", [
+    ("dZ = dZ + through(dU", "dZ = dZ - through(dU"), ("dXhat += dXhat_Z", "dXhat -= dXhat_Z"),
+    ("dX_norm += dX\n", "dX_norm -= dX\n"), ("g[\"W_K\"] += dW_K", "g[\"W_K\"] -= dW_K")])
 def test_a_sign_broken_in_cea_is_seen_by_notebook_2(right, wrong, tmp_path):
     shutil.copytree(ROOT / "tinycea", tmp_path / "tinycea", ignore=shutil.ignore_patterns("__pycache__"))
     source = (tmp_path / "tinycea" / "cea.py").read_text("utf-8")

@@ -50,7 +50,8 @@ def softmax(logits):
 
 
 def loop_linear(x, weight, bias=None):
-    return fill((*x.shape[:-1], weight.shape[1]), lambda *at: dot(x[at[:-1]], weight[:, at[-1]]) + (0 if bias is None else bias[at[-1]]))
+    return fill((*x.shape[:-1], weight.shape[1]),
+                lambda *at: dot(x[at[:-1]], weight[:, at[-1]]) + (0 if bias is None else bias[at[-1]]))
 
 
 def loop_conv1x1(x, weight, bias=None):
@@ -407,7 +408,7 @@ def test_float32_in_float32_out(room, number):
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("number, seed", [(i, seed) for i, name in enumerate(CASES) for seed in SEEDS
-                                          if not (seed and "nafnet" in name)])   # the whole network once, its parts with every seed
+                                          if not (seed and "nafnet" in name)])   # the whole network once, its parts with each
 def test_backward_is_the_central_difference(room, number, seed):
     _, tolerance, forward, backward, inputs = case(room, number, seed)
     failed = [row for row in gradcheck.check(forward, backward, inputs, seed, tolerance=tolerance) if not row.passed]
@@ -447,7 +448,8 @@ def test_both_orders_of_the_assembly_agree(room, sizes):
         close(fast, slow, RTOL[np.float64])
 
 
-@pytest.mark.parametrize("N, R, C", [(7, 2, 5), (40, 5, 3), (4096, 8, 24), (4096, 13, 24), (8, 4, 4), (1, 9, 1), (1, 1, 1), (1, 2, 3)])
+@pytest.mark.parametrize("N, R, C", [
+    (7, 2, 5), (40, 5, 3), (4096, 8, 24), (4096, 13, 24), (8, 4, 4), (1, 9, 1), (1, 1, 1), (1, 2, 3)])
 def test_assembly_takes_the_cheaper_order(N, R, C, monkeypatch):
     fast = R * C * C + N * C * C < N * R * C + N * R * C       # A^T U then xhat M, against xhat A^T then S U
     taken = []
@@ -541,7 +543,8 @@ def test_losses_at_a_perfect_restoration(room, loss, expected):
 @pytest.mark.parametrize("static, tokens", [("", "Xhat"), ("A", "Xhat"), ("U", "Xhat"), ("AU", "Xhat"), ("", "X"), ("A", "X")])
 def test_cea_against_loops(affinity, level, static, tokens):
     B, H, W, C, R, D, h, k = 3, 5, 7, 9, 4, 6, 2, 2
-    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static, tokens=tokens)
+    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static,
+                           tokens=tokens)
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=shape) for name, shape in cea.shapes(C, config).items()}
     x = rng.normal(size=(B, H, W, C))

@@ -1,4 +1,4 @@
-"""Proves that parameters are views of one buffer, that files come back bit for bit, and that no bad file or failed write does harm."""
+"""Proves that parameters are views of one buffer, files come back bit for bit, and no bad file or failed write does harm."""
 import copy
 import json
 import os
@@ -133,9 +133,11 @@ def test_model_round_trip(tmp_path, adapter):
 
 def test_a_name_with_options():
     config = by_adapter("experts-token:rank=7,topk=2,width=8,sca=false,slots=encoders.0+middle_blks")
-    assert config == NAFNetConfig(8, adapter=ExpertsConfig(level="token", rank=7, topk=2), sca=False, slots=("encoders.0", "middle_blks"))
+    assert config == NAFNetConfig(8, adapter=ExpertsConfig(level="token", rank=7, topk=2), sca=False,
+                                  slots=("encoders.0", "middle_blks"))
     assert by_adapter("cea:affinity=softmax") == by_adapter("cea-softmax") and by_adapter("none:width=27") == by_adapter("wider")
-    for wrong in ("cea:depth=2", "none:rank=2", "cea:adapter=none", "cea:rank=two", "cea:slots=attic", "mlp:hidden=0", "cea:sca=maybe", "ce"):
+    for wrong in ("cea:depth=2", "none:rank=2", "cea:adapter=none", "cea:rank=two", "cea:slots=attic", "mlp:hidden=0",
+                  "cea:sca=maybe", "ce"):
         with pytest.raises(InputError):
             by_adapter(wrong)
 
@@ -222,7 +224,8 @@ CONFIGS = {"no configuration": None, "a number": 3, "nothing in it": {}, "an unk
            "an adapter without a family": {"adapter": {"rank": 8}}, "a rank of zero": {"adapter": OURS | {"rank": 0}},
            "an unknown switch": {"adapter": OURS | {"sparse": 1}}, "a width in words": {"adapter": OURS, "width": "24"},
            "a negative width": {"adapter": OURS, "width": -8}, "a fractional width": {"adapter": OURS, "width": 24.5},
-           "a fractional width, no adapter": {"width": 24.5, "adapter": None}, "attention in words": {"adapter": None, "sca": "yes"},
+           "a fractional width, no adapter": {"width": 24.5, "adapter": None},
+           "attention in words": {"adapter": None, "sca": "yes"},
            "heads that do not divide": {"adapter": OURS | {"heads": 7}}, "stages as a number": {"adapter": OURS, "encoders": 1},
            "blocks in words": {"adapter": OURS, "middle": "two"}, "an unknown slot": {"adapter": OURS, "slots": ["attic"]}}
 

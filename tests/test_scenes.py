@@ -138,7 +138,8 @@ def test_pyramid_halves_every_map_down_to_the_size():
     for level, finer in zip(levels[1:], levels):
         for half, whole in zip(level, finer):
             h, w = half.shape[:2]
-            np.testing.assert_allclose(half, whole[:2 * h, :2 * w].reshape(h, 2, w, 2, -1).mean((1, 3)).reshape(half.shape), rtol=1e-6)
+            quarters = whole[:2 * h, :2 * w].reshape(h, 2, w, 2, -1)
+            np.testing.assert_allclose(half, quarters.mean((1, 3)).reshape(half.shape), rtol=1e-6)
     assert pyramid(Scene(scene.image), 38)[0].depth is None and len(pyramid(scene, 19)) == 1
 
 
@@ -249,7 +250,8 @@ def hostile(path):
     tifffile.imwrite(path / "float.tif", DEEP[..., 0].astype(np.float32))
     for suffix in ("png", "jpg", "tif"):
         (path / f"whole.{suffix}").unlink()
-    return ["text.png", "empty.png", "folder.png", "cut.png", "cut.jpg", "cut.tif", "tags.tif", "head.tif", "float.tif", "missing.png"]
+    return ["text.png", "empty.png", "folder.png", "cut.png", "cut.jpg", "cut.tif", "tags.tif", "head.tif", "float.tif",
+            "missing.png"]
 
 
 def test_hostile_files_get_one_sentence(tmp_path):
@@ -322,9 +324,10 @@ def test_values_are_rounded_and_clipped_and_gray_may_be_flat(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png")[0][..., 0] * 255, [[0, 0, 1, 255, 255]])
 
 
-@pytest.mark.parametrize("name, pixels", [("a.gif", np.zeros((2, 2, 3))), ("a", np.zeros((2, 2, 3))), ("no/a.png", np.zeros((2, 2, 3))),
-                                          ("a.png", np.zeros((2, 2, 5))), ("a.png", np.full((2, 2, 3), np.nan)), ("a.png", np.zeros(4)),
-                                          ("a.png", np.zeros((0, 2, 3))), ("taken.png", np.zeros((2, 2, 3)))])
+@pytest.mark.parametrize("name, pixels", [
+    ("a.gif", np.zeros((2, 2, 3))), ("a", np.zeros((2, 2, 3))), ("no/a.png", np.zeros((2, 2, 3))), ("a.png", np.zeros((2, 2, 5))),
+    ("a.png", np.full((2, 2, 3), np.nan)), ("a.png", np.zeros(4)), ("a.png", np.zeros((0, 2, 3))),
+    ("taken.png", np.zeros((2, 2, 3)))])
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, pixels):
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(InputError, match=name):

@@ -19,7 +19,7 @@ from tinycea.rival import CEA as FastCEA, NAFBlock, NAFNet, named  # noqa: E402 
 nn, F = torch.nn, torch.nn.functional
 torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
 
-RTOL = {"output": 1e-9, "gradient": 1e-9, "loss": 1e-12, "optimizer": 1e-12}     # largest difference over largest value, per tensor
+RTOL = {"output": 1e-9, "gradient": 1e-9, "loss": 1e-12, "optimizer": 1e-12}   # largest difference over largest value, per tensor
 EVERY_BACKEND = pytest.mark.parametrize("room", ("reference", "cpu"))
 
 
@@ -132,7 +132,8 @@ def test_nafblock(room):
     rng = np.random.default_rng(0)
     p, theirs = random_params(nafnet.block_shapes(6), rng), NAFBlock(6).double()
     theirs.load_state_dict({name: tensor(value) for name, value in p.items()})
-    agree(room, rng.normal(size=(3, 5, 7, 6)), p, (nafnet.nafblock, nafnet.nafblock_backward), theirs, dict(theirs.named_parameters()))
+    agree(room, rng.normal(size=(3, 5, 7, 6)), p, (nafnet.nafblock, nafnet.nafblock_backward),
+          theirs, dict(theirs.named_parameters()))
 
 
 def network(config, size, room, seed=0):
@@ -140,7 +141,8 @@ def network(config, size, room, seed=0):
     rng = np.random.default_rng(seed)
     p = random_params(nafnet.shapes(config), rng)
     adapters = {name: tensor(value) for name, value in p.items() if name.startswith("adapters.")}
-    theirs = NAFNet(config, {stage: Adapter(under(adapters, f"adapters.{stage}"), config.adapter) for stage in config.adapted()}).double()
+    layers = {stage: Adapter(under(adapters, f"adapters.{stage}"), config.adapter) for stage in config.adapted()}
+    theirs = NAFNet(config, layers).double()
     theirs.load_state_dict({name: tensor(value) for name, value in p.items() if name not in adapters}, strict=True)
     agree(room, rng.random((2, *size, 3)), p, (lambda x, p, ops: nafnet.nafnet(x, p, config, ops), nafnet.nafnet_backward),
           theirs, dict(theirs.named_parameters()) | adapters)
@@ -249,8 +251,9 @@ def test_adamw_steps(betas, eps):
 
     def free(name):
         return name.split(".")[-1] in ("bias", "beta", "gamma") or "norm" in name
-    optimizer = torch.optim.AdamW([{"params": [v for n, v in theirs.items() if not free(n)], "weight_decay": decay},
-                                   {"params": [v for n, v in theirs.items() if free(n)], "weight_decay": 0}], betas=betas, eps=eps)
+    groups = [{"params": [v for n, v in theirs.items() if not free(n)], "weight_decay": decay},
+              {"params": [v for n, v in theirs.items() if free(n)], "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
     m, v = p.zeros_like(), p.zeros_like()
     for step, lr in enumerate((1e-3, 3e-2, 1e-2, 1e-4, 5e-2), 1):
         g = p.zeros_like()

@@ -185,7 +185,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("typed, message", [({"steps": 9}, "steps 7"), ({"suite": "aio3"}, "suite aio5"), ({"seed": 1}, "seed 0")])
+@pytest.mark.parametrize("typed, message", [({"steps": 9}, "steps 7"), ({"suite": "aio3"}, "suite aio5"),
+                                            ({"seed": 1}, "seed 0")])
 def test_resume_refuses_another_recipe(tmp_path, monkeypatch, typed, message):
     Path(tmp_path / "state.safetensors").touch()
     job.write_json(tmp_path / "config.json", {"recipe": asdict(TINY)})

@@ -110,7 +110,8 @@ static void release_warp(unsigned mask)                          // of the curre
     for (unsigned m = here; m; m &= m - 1) {
         const Fiber& f = warp[__builtin_ctz(m)];
         if (f.mask != mask) return;
-        if (f.size != first.size || std::min(f.source, 0) != std::min(first.source, 0) || (f.source != SYNC && f.line != first.line)) {
+        if (f.size != first.size || std::min(f.source, 0) != std::min(first.source, 0) ||
+            (f.source != SYNC && f.line != first.line)) {
             current = int(&f - fibers);
             fail("divergent warp operation", f.line);
         }
@@ -261,13 +262,14 @@ static void run_block(uint64_t seed)
 // ---- memory: guard pages, poison, access checks ---------------------------------------------------
 enum Access { READ, WRITE, ATOMIC };
 enum Kind { WRITE_WRITE = 1, READ_AFTER_WRITE, WRITE_AFTER_READ, UNINITIALIZED, OUTSIDE };
-struct Cell { uint32_t wthread, wepoch, wsync, wpc, rthread, repoch, rsync, rpc, rblock, atomic; };     // the last writer and reader(s)
+// The last writer and reader(s).
+struct Cell { uint32_t wthread, wepoch, wsync, wpc, rthread, repoch, rsync, rpc, rblock, atomic; };
 struct Range { char *lo, *hi, *first, *last; int shift; bool shared; Cell* cells; };           // [lo, hi) in pages [first, last)
 struct Report { int kind, range; int64_t offset; uint32_t block, thread, other_thread, other_block, pc, other_pc; };
 static Range ranges[64];
 static Report reports[64];
 static int nranges, nreports;
-static char* fenced;                                             // blocks that ran __threadfence(): others may read what they wrote
+static char* fenced;                                           // blocks that ran __threadfence(): others may read what they wrote
 static uint32_t nblocks;
 constexpr uint32_t MULTI = 0x80000000u, MANY = ~0u;              // several readers: MULTI | warp, or of several warps: MANY
 void fence() { fenced[block_id] = 1; }
@@ -414,7 +416,8 @@ int cpu_launch(void (*k)(void**), void** args, const unsigned* grid, const unsig
                char** buffers, const size_t* sizes, const int* shifts, int nbuf, int check)
 {
     if (!stacks) {
-        stacks = (char*)mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        stacks = (char*)mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         for (int i = 0; i < MAX_THREADS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
     }
     k(nullptr);
@@ -434,8 +437,8 @@ int cpu_launch(void (*k)(void**), void** args, const unsigned* grid, const unsig
     fenced = (char*)calloc(nblocks, 1);
     shared_memory = (char*)cpu_alloc(shared, 0);
     nranges = 1;                                                 // the first range is the dynamic shared memory, watched or not
-    ranges[0] = {shared_memory, shared_memory + shared, first_byte(shared_memory, shared), last_byte(shared_memory, shared), 1, true,
-                 (Cell*)calloc((shared >> 1) + 1, sizeof(Cell))};
+    ranges[0] = {shared_memory, shared_memory + shared, first_byte(shared_memory, shared), last_byte(shared_memory, shared),
+                 1, true, (Cell*)calloc((shared >> 1) + 1, sizeof(Cell))};
     if (check) {
         watch(tls, tls, tls_size, tls + tls_size, 1, true);
         for (int i = 0; i < nbuf; ++i)

@@ -1,5 +1,6 @@
 // CUDA's device language in terms of the emulator: g++ includes this file before a kernel's own source, which stays as it is.
-// One OS thread runs all CUDA threads as fibers; they switch only inside barriers and warp operations and at their end (cudacpu.cpp).
+// One OS thread runs all CUDA threads as fibers; they switch only inside barriers and warp operations and at their end
+// (cudacpu.cpp).
 #pragma once
 #include <algorithm>
 #include <cmath>

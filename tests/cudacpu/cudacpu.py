@@ -1,11 +1,11 @@
-"""Compiles CUDA C++ kernels for the CPU and launches them on NumPy arrays behind CuPy's RawModule interface, every launch checked.
+"""Compiles CUDA C++ kernels for the CPU and launches them on NumPy arrays behind CuPy's RawModule interface, each launch checked.
 
     kernel = RawModule(code=source, name_expressions=["f<float, 64>"]).get_function("f<float, 64>")
     kernel((grid,), (block,), (x, y, np.int32(n)), shared_mem=0, seed=0)        # arrays are updated in place
 
-A launch refuses arguments of the wrong type, puts each array between guard pages and poisons shared memory. Seeds 0, 1 and 2, 3, ...
-run blocks, warps and lanes in order, reversed and shuffled. check=True also reports data races, reads of uninitialized shared memory and
-every access beside an array, with source lines.
+A launch refuses arguments of the wrong type, puts each array between guard pages and poisons shared memory. Seeds 0, 1 and
+2, 3, ... run blocks, warps and lanes in order, reversed and shuffled. check=True also reports data races, reads of uninitialized
+shared memory and every access beside an array, with source lines.
 """
 import ctypes
 import functools
@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O1", "-gdwarf-4", "-fPIC", "-march=native", "-fvisibility=hidden", "-fno-exceptions", "-U_FORTIFY_SOURCE", "-w",
+FLAGS = ("-std=c++20", "-O1", "-gdwarf-4", "-fPIC", "-march=native", "-fvisibility=hidden", "-fno-exceptions", "-w",
+         "-U_FORTIFY_SOURCE",
          "-ftrivial-auto-var-init=pattern",              # an uninitialized register is -1.7e38
          "-fsanitize=bounds,alignment", f"-I{HERE / 'include'}", f"-I{HERE}")
 CHECKS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
@@ -104,7 +105,7 @@ def _cache():
 def _library(source, filename, flags, *libraries):
     """A shared library compiled from C++ source, out of the cache where it is there.
 
-    Its name is a hash of everything that enters it, and it is moved into place whole, so that processes may build the same one at once.
+    Its name is a hash of everything that enters it, and it is moved into place whole: processes may build the same one at once.
     """
     flags = (*FLAGS, *flags, f"-isystem{headers()}")
     folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
@@ -189,7 +190,8 @@ class RawKernel:
         dims = [(*size, 1, 1)[:3] for size in (grid, block)]
         threads = dims[1][0] * dims[1][1] * dims[1][2]
         if min(*dims[0], *dims[1]) < 1 or max(dims[0][1:]) > 65535 or threads > self.module.bounds[self.name] or dims[1][2] > 64:
-            raise ValueError(f"{self.name}: cannot launch {grid} blocks of {block}, at most {self.module.bounds[self.name]} threads each")
+            most = self.module.bounds[self.name]
+            raise ValueError(f"{self.name}: cannot launch {grid} blocks of {block}, at most {most} threads each")
         if not 0 <= shared_mem <= min(self.max_dynamic_shared_size_bytes, MOST_SHARED):
             raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory, max_dynamic_shared_size_bytes is "
                              f"{self.max_dynamic_shared_size_bytes} and at most {MOST_SHARED}")
@@ -218,7 +220,8 @@ class RawKernel:
         arrays = {}
         for i, (a, parameter, pointee) in enumerate(zip(args, self.parameters, self.pointees)):
             if not isinstance(a, (np.ndarray, np.generic)):
-                raise TypeError(f"{self.name}: argument {i} is {type(a).__name__}; pass a NumPy array or scalar of the exact type")
+                raise TypeError(f"{self.name}: argument {i} is {type(a).__name__}; "
+                                "pass a NumPy array or scalar of the exact type")
             pointer = parameter == "P"
             want = pointee if pointer else parameter
             got = {"l": "q", "L": "Q"}.get(a.dtype.char, a.dtype.char)
@@ -238,7 +241,8 @@ class RawKernel:
 
     def _launch(self, dims, args, buffers, shared_mem, seed):
         """Run the kernel on copies of its arrays; KernelError for anything that it must not do."""
-        values = [ctypes.c_void_p(buffers[i]) if i in buffers else ctypes.create_string_buffer(a.tobytes()) for i, a in enumerate(args)]
+        values = [ctypes.c_void_p(buffers[i]) if i in buffers else ctypes.create_string_buffer(a.tobytes())
+                  for i, a in enumerate(args)]
         pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, values))
         n = len(buffers)
         addresses = (ctypes.c_void_p * n)(*buffers.values())
@@ -275,7 +279,8 @@ class RawKernel:
 
     def _describe(self, reports, args, buffers):
         """One line for each report of the checking mode."""
-        places = ["dynamic shared memory", "static shared memory", *(f"argument {i} {args[i].shape}" for i in buffers if args[i].nbytes)]
+        places = ["dynamic shared memory", "static shared memory",
+                  *(f"argument {i} {args[i].shape}" for i in buffers if args[i].nbytes)]
         lines = self.module.lines({pc for r in reports for pc in (r.pc, r.other_pc) if pc})
         told = set()
         for r in reports:

@@ -1,7 +1,8 @@
 """Stands in for CuPy: NumPy arrays, and raw kernels that the emulator runs. Host code that imports cupy runs unchanged.
 
-What is not here is NumPy's own. `seed` picks the schedule of the launches, `check` their checking mode; `schedule` sets both for a while.
-Two differences stay: kernels take NumPy arrays here and CuPy's there, and a sum over everything is a scalar here, a 0-d array there.
+What is not here is NumPy's own. `seed` picks the schedule of the launches, `check` their checking mode; `schedule` sets both for
+a while. Two differences stay: kernels take NumPy arrays here and CuPy's there, and a sum over everything is a scalar here, a 0-d
+array there.
 """
 import sys
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ class RawModule:
     """cupy.RawModule, compiled when the first kernel is asked for, and again where the checking mode changes."""
 
     def __init__(self, *, code, options=(), backend="nvrtc", name_expressions=None):
-        self._build = cache(lambda check: cudacpu.RawModule(code=code, options=options, name_expressions=name_expressions, check=check))
+        self._build = cache(lambda check: cudacpu.RawModule(code=code, options=options, name_expressions=name_expressions,
+                                                            check=check))
 
     def get_function(self, name):
         """The kernel called `name`: a template of `name_expressions` or an extern "C" kernel."""

@@ -5,7 +5,8 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     """A case whose kernel has `new` for the nth `old`.
 
-    `check` sees it: "numeric" (results over five seeds, or a launch that is stopped) or "checked" (the checking mode), and `says` this.
+    `check` sees it: "numeric" (results over five seeds, or a launch that is stopped) or "checked" (the checking mode), and `says`
+    this.
     """
     case: str
     error: str
@@ -32,7 +33,8 @@ MUTANTS = (
     Mutant("tiled", "no barrier between the phases", BARRIER, "", 3, "checked", UNINITIALIZED),
     Mutant("attention", "no barrier before the next load", BARRIER, "", 0, "checked", RACE),
     Mutant("attention", "no barrier after the load", BARRIER, "", 1, "checked", UNINITIALIZED),
-    Mutant("attention", "no barrier after the maxima", BARRIER, "", 2, "checked", "write while read concurrently in static shared memory"),
+    Mutant("attention", "no barrier after the maxima", BARRIER,
+           "", 2, "checked", "write while read concurrently in static shared memory"),
     Mutant("attention", "no barrier before reuse", BARRIER, "", 3, "checked", RACE),
     Mutant("attention", "no barrier after the sums", BARRIER, "", 4, "checked", RACE),
     Mutant("layernorm", "no barrier in ln_backward", BARRIER, "", 0, "checked", UNINITIALIZED),
@@ -81,7 +83,8 @@ MUTANTS = (
     Mutant("attention", "barrier under a condition", "if (qi < r) {\n                float s",
            "if (qi < r) { __syncthreads();\n                float s", 0, "numeric", "divergent __syncthreads at line"),
     Mutant("layernorm", "shuffle under a condition", "v += __shfl_xor",
-           "if ((threadIdx.x & 31) < 16) v += __shfl_xor", 0, "numeric", "shuffle from a lane that is not in the mask or has exited"),
+           "if ((threadIdx.x & 31) < 16) v += __shfl_xor",
+           0, "numeric", "shuffle from a lane that is not in the mask or has exited"),
     Mutant("layernorm", "wrong mask", "v += __shfl_xor_sync(0xffffffffu",
            "v += __shfl_xor_sync(0x0000ffffu", 0, "numeric", "shuffle from a lane that is not in the mask or has exited"),
     Mutant("layernorm", "divergent shuffles", "v += __shfl_xor_sync(0xffffffffu, v, o);",

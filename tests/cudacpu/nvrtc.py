@@ -5,8 +5,8 @@ import re
 from . import cudacpu
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-ENTRY = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-                   r"Used (\d+) registers([^\n]*)", re.DOTALL)
+ENTRY = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                   r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)", re.DOTALL)
 
 
 def missing():
@@ -23,7 +23,8 @@ def missing():
 def compile(code, name_expressions=(), arch="sm_90"):
     """{kernel: {"registers", "spills", "shared", "stack"}} of CUDA C++17 source: a thread's registers, and bytes.
 
-    Kernels are those of `name_expressions` and every `extern "C"` one. KernelError, with the compiler's log, for source that it refuses.
+    Kernels are those of `name_expressions` and every `extern "C"` one. KernelError, with the compiler's log, for source that it
+    refuses.
     """
     from cuda.core import Program, ProgramOptions
     log = io.StringIO()

@@ -43,13 +43,15 @@ CPU_INLINE void load_matrix_sync(fragment<accumulator, M, N, K, T>& f, const P* 
                                  int line = __builtin_LINE())
 { load(f, p, ld, layout == mem_col_major, line); }
 template <int M, int N, int K, class T, class P>
-CPU_INLINE void store_matrix_sync(P* p, fragment<accumulator, M, N, K, T>& f, unsigned ld, layout_t layout, int line = __builtin_LINE())
+CPU_INLINE void store_matrix_sync(P* p, fragment<accumulator, M, N, K, T>& f, unsigned ld, layout_t layout,
+                                  int line = __builtin_LINE())
 {
     using F = fragment<accumulator, M, N, K, T>;
     cpu::warp_exchange(~0u, nullptr, 0, nullptr, cpu::JOIN, line);
     for (int i = 0; i < F::num_elements; ++i) p[offset<F>(i, ld, layout == mem_col_major)] = f.x[i];
 }
-template <class D, class A, class B, class C> NOHOOK void mma_sync(D& d, const A& a, const B& b, const C& c, int line = __builtin_LINE())
+template <class D, class A, class B, class C>
+NOHOOK void mma_sync(D& d, const A& a, const B& b, const C& c, int line = __builtin_LINE())
 {
     struct Operands { const A* a; const B* b; } mine{&a, &b}, all[32];   // fibers share one address space
     cpu::warp_exchange(~0u, &mine, sizeof mine, all, cpu::GATHER, line);
