@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Makes data/results: the comparison that README quotes, the choices before it and the questions after it. Hours on two cores; what
-# runs/ already holds is not trained again, so it may be stopped and started at will.
-# data/results/beyond is older: its runs and its ranks.txt know the switches of beyond/switches.patch (on top of commit f2c693b), which are not in
-# cea.py; its raw=true is now tokens=X.
-# So do windows.* there, with beyond/windows.patch on top of commit a57b6bb: tinycea compare --split validation --suites aio5 patchwork --seeds 2
-# --adapters cea cea:window=6 cea:window=4 cea:gates=true --out runs/windows && python data/ranks.py runs/windows
+# Makes data/results: the comparison that data/README.md quotes, the choices before it and the questions after it. Hours on two
+# cores; what runs/ already holds is not trained again, so it may be stopped and started at will.
+#
+# Not made here: data/results/beyond. Its runs know switches that were given up. The patches that added them are deleted; git
+# history holds them (git log -- data/results/beyond). switches.patch goes on top of commit f2c693b; its raw=true is now tokens=X.
+# windows.patch goes on top of commit a57b6bb; with it windows.* came from: tinycea compare --split validation --suites aio5
+# patchwork --seeds 2 --adapters cea cea:window=6 cea:window=4 cea:gates=true --out runs/windows
+# and windows-ranks.txt from: python data/ranks.py runs/windows
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rivals="wider static mlp descriptor prompt experts-image experts-token"
@@ -25,16 +27,19 @@ publish headline without-sca --suites aio5 patchwork --adapters $bare
 cp runs/headline/cost.png data/results/headline/without-sca-cost.png
 publish headline tokens --adapters $rivals cea cea:tokens=X
 publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
-python data/questions.py runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
-python data/ranks.py runs/headline > runs/ranks.txt && cp runs/ranks.txt data/results/headline/
-tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/aio5-seed0.txt
+python -m tinycea.lab.questions runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
+python -m tinycea.lab.ranks runs/headline > runs/ranks.txt && cp runs/ranks.txt data/results/headline/
+tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline \
+    > data/results/length/aio5-seed0.txt
 cp runs/headline/steps.png data/results/length/aio5-seed0.png
 rivals="wider mlp descriptor experts-image"
-tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline > data/results/length/steps.txt
-tinycea compare --suites patchwork --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline > data/results/length/patchwork-seed0.txt
+tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline \
+    > data/results/length/steps.txt
+tinycea compare --suites patchwork --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline \
+    > data/results/length/patchwork-seed0.txt
 publish ablation tokens --split validation --suites aio5 patchwork --adapters wider experts-image descriptor cea cea:tokens=X \
     cea:tokens=X,slots=decoders.0 cea:slots=decoders.0 cea:slots=decoders.0,width=26,heads=2
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0
-python data/ranks.py runs/ablation > runs/ranks.txt && cp runs/ranks.txt data/results/ablation/
+python -m tinycea.lab.ranks runs/ablation > runs/ranks.txt && cp runs/ranks.txt data/results/ablation/

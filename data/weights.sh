@@ -6,6 +6,7 @@ tinycea train --suite aio3+aio5+cdd11+patchwork --adapter cea:width=32 --steps 6
 cp runs/weights/model.safetensors tinycea/weights/default.safetensors
 cp runs/weights/result.json tinycea/weights/default.json
 tinycea demo -o data/demo.png
-# Other trainings, not shipped (data/results/weights, compared by data/candidates.py): --suite aio3+aio5+cdd11+patchwork with
-# --adapter cea:tokens=X,width=32 --steps 80000 or --adapter cea:tokens=X --steps 40000;
-# --suite aio3+aio5+patchwork --adapter cea:width=32 --steps 32000; --suite aio5+patchwork --steps 30000, and the same with --adapter cea:tokens=X
+# Other trainings, not shipped (data/results/weights): --suite aio3+aio5+cdd11+patchwork with --adapter cea:tokens=X,width=32
+# --steps 80000 or --adapter cea:tokens=X --steps 40000; --suite aio3+aio5+patchwork --adapter cea:width=32 --steps 32000;
+# --suite aio5+patchwork --steps 30000, and the same with --adapter cea:tokens=X. Their models in runs/candidates are compared by
+# python -m tinycea.lab.candidates runs/candidates/*.safetensors > data/results/weights/validation.txt

@@ -9,13 +9,13 @@ from inspect import signature
 import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
-
 from test_ops import EVERY_BACKEND, LAYOUTS, close, dot, loop_layernorm, loop_linear, snapshot, softmax
-from tinycea import adapters, cea, gradcheck, nafnet
+
+from tinycea import ablations, adapters, cases, gradcheck, nafnet
+from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
-from tinycea.cea import CEAConfig
-from tinycea.errors import InputError
 from tinycea.ops import backend, reference
+from tinycea.runtime import InputError
 
 RTOL = {"the same sum in another order": 1e-12, "a layer": 1e-10, "a layer in float32": 3e-5, "a gradient": 1e-6}
 CONFIGS = {"mlp": MLPConfig(hidden=5), "descriptor": DescriptorConfig(hidden=5), "prompt": PromptConfig(4, 3, 2, hidden=5),
@@ -119,7 +119,7 @@ def test_forward_is_its_loop(room, config, shape):
 # ---- gradients ---------------------------------------------------------------------------------------------------------
 
 OPS = {"resize", "keep_topk", "gate_experts", "load_balance"}             # theirs alone; after a softmax some mistakes vanish
-CASES = [case[0] for case in gradcheck.cases(reference) if case[0].split()[0] in OPS | set(FAMILIES) - {"cea"}]
+CASES = [case[0] for case in cases.cases(reference) if case[0].split()[0] in OPS | set(FAMILIES) - {"cea"}]
 
 
 def test_gradients_of_every_family_are_checked():
@@ -131,8 +131,8 @@ def test_gradients_of_every_family_are_checked():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", CASES)
 def test_backward_is_the_central_difference(room, name, seed):
-    _, tolerance, *case = next(case for case in gradcheck.cases(backend(room), seed) if case[0] == name)
-    assert not [row for row in gradcheck.check(*case, seed, tolerance=tolerance) if not row.passed]
+    _, tolerance, *case = next(case for case in cases.cases(backend(room), seed) if case[0] == name)
+    assert not [row for row in gradcheck.check_gradients(*case, seed, tolerance=tolerance) if not row.passed]
 
 
 @EVERY_CONFIG
@@ -289,7 +289,8 @@ def test_resize_to_the_same_size_copies_and_a_constant_stays():
 def test_one_expert_is_the_static_low_rank_layer():
     experts, static = ExpertsConfig(1, 1, 5), CEAConfig(rank=5, heads=1, static="AU")
     x, p, forward = layer(experts)
-    close(forward()[0], cea.cea(x, {name: p[name] for name in cea.shapes(6, static)}, static, reference)[0], RTOL["a layer"])
+    own = {name: p[name] for name in ablations.shapes(6, static)}
+    close(forward()[0], ablations.forward(x, own, static, reference)[0], RTOL["a layer"])
 
 
 @pytest.mark.parametrize("level", ("image", "token"))
@@ -348,7 +349,7 @@ def test_balance_is_in_the_gradient_and_only_there(room, level, k):
         (y, cache), (y_without, cache_without) = (adapters.experts(x, q, c, backend(room)) for c in (with_it, without))
         assert np.array_equal(y, y_without)
         return aux(with_it, x, q), (cache, cache_without)
-    rows = gradcheck.check(forward, backward, {"x": x} | p, tolerance=RTOL["a gradient"])
+    rows = gradcheck.check_gradients(forward, backward, {"x": x} | p, tolerance=RTOL["a gradient"])
     assert all(row.passed for row in rows)
     assert {row.argument for row in rows if row.analytic} == {"x", "W_g", "norm.weight", "norm.bias"}
 

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from tinycea import bench, cli
-from tinycea.errors import InputError
+from tinycea import cli
+from tinycea.lab import bench
+from tinycea.runtime import InputError
 
 KEYS = {"name", "ratio", "spread", "rival"}
 

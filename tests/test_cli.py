@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinycea import cli, nafnet, params
-from tinycea import restore as restoring
-from tinycea.degrade import DEGRADATIONS, SUITES
+from tinycea import cea, cli, params, restoration
+from tinycea.degradations import DEGRADATIONS, SUITES
+from tinycea.images import read_image, write_image
+from tinycea.nafnet import NAFNetConfig
 from tinycea.ops import BACKENDS
-from tinycea.restore import WEIGHTS, demo, restore, restore_files
-from tinycea.scenes import photographs, read_image, write_image
+from tinycea.restoration import demo, restore, restore_files
+from tinycea.scenes import photographs
+from tinycea.zoo import ADAPTERS, WEIGHTS, load_model, save_model
 
 
 def fails(capsys, *arguments):
@@ -55,7 +57,7 @@ def test_restore_a_folder_writes_every_image_under_its_name(tmp_path, photo):
 def test_shipped_weights_denoise_a_held_out_photograph():
     clean = photographs("test")["coffee"][100:200, 200:300]
     noisy = np.clip(clean + np.random.default_rng(0).normal(0, 25 / 255, clean.shape), 0, 1).astype(np.float32)
-    restored = restore(noisy, *nafnet.load_model(WEIGHTS))
+    restored = restore(noisy, load_model(WEIGHTS))
     assert np.mean((restored - clean) ** 2) < np.mean((noisy - clean) ** 2) / 4
 
 
@@ -93,19 +95,15 @@ def test_gradcheck_prints_json_and_passes(capsys):
 
 
 def test_gradcheck_exits_1_on_a_wrong_gradient(monkeypatch, capsys):
-    right = nafnet.cea._assemble_backward
-
-    def wrong(*arguments):
-        dX, dXhat, dA, dU = right(*arguments)
-        return dX, dXhat, dA, -dU
-    monkeypatch.setattr(nafnet.cea, "_assemble_backward", wrong)
+    right = cea.cea_backward
+    monkeypatch.setattr(cea, "cea_backward", lambda dy, cache, g: -right(dy, cache, g))
     assert cli.main(["gradcheck"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
 def test_a_short_run_from_the_command_line(tmp_path, photo):
     """As typed in a shell, warnings as errors, on a folder of one's own."""
-    command = [sys.executable, "-W", "error", "-m", "tinycea.cli", "train", "--steps", "2", "--suite", "patchwork",
+    command = [sys.executable, "-W", "error", "-m", "tinycea", "train", "--steps", "2", "--suite", "patchwork",
                "--adapter", "none", "--images", str(tmp_path), "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -114,7 +112,7 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
-@pytest.mark.parametrize("command, names", [("train", [*nafnet.ADAPTERS, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),
+@pytest.mark.parametrize("command, names", [("train", [*ADAPTERS, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),
                                             ("gradcheck", BACKENDS)])
 def test_help_lists_every_name(capsys, command, names):
     with pytest.raises(SystemExit):
@@ -212,13 +210,13 @@ def test_unwritable_folder(capsys, tmp_path, photo):
 
 def test_too_large_for_memory_is_one_sentence_and_the_others_are_restored(capsys, tmp_path, photo, monkeypatch):
     write_image(tmp_path / "z.png", photographs("validation")["rocket"][:5, :4])
-    whole = restoring.restore
+    whole = restoration.restore
 
     def small_memory(image, *rest):
         if image.size > 100:
             raise MemoryError
         return whole(image, *rest)
-    monkeypatch.setattr(restoring, "restore", small_memory)
+    monkeypatch.setattr(restoration, "restore", small_memory)
     assert cli.main(["restore", str(photo), str(tmp_path / "z.png"), "-o", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "photo.png: too large" in err and err.count("\n") == 1 and (tmp_path / "out" / "z.png").exists()
@@ -227,7 +225,7 @@ def test_too_large_for_memory_is_one_sentence_and_the_others_are_restored(capsys
 def test_ctrl_c_says_so(capsys, photo, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(restoring, "restore", interrupted)
+    monkeypatch.setattr(restoration, "restore", interrupted)
     assert cli.main(["restore", str(photo), "-o", str(tmp_path / "out.png")]) == 130
     assert capsys.readouterr().err == "tinycea: interrupted\n"
 
@@ -237,8 +235,8 @@ def test_bad_weights(capsys, tmp_path, photo):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(good[:-1000])
     assert "cut.safetensors" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", cut)
-    p, _ = nafnet.load_model(WEIGHTS)
+    p, _ = load_model(WEIGHTS)
     other = tmp_path / "other.safetensors"
-    nafnet.save_model(other, p, nafnet.NAFNetConfig(width=16))
+    save_model(other, p, NAFNetConfig(width=16))
     assert "shape" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", other)
     assert not (tmp_path / "out.png").exists()

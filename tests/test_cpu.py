@@ -9,8 +9,8 @@ from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 import pytest
-
 from test_ops import EVERY_OP, LAYOUTS, OPS, SIZES, _poison, draw, pair, several, snapshot
+
 from tinycea.ops import backend, cpu, reference
 
 RTOL = {np.float64: 1e-12, np.float32: 1e-5}              # largest difference over largest value, per tensor

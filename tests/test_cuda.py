@@ -3,19 +3,19 @@ import importlib
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cudacpu import cudacpu, cupy, nvrtc
 
-from tinycea import bench, cli, gradcheck, optim, train
-from tinycea.cea import CEAConfig
-from tinycea.errors import InputError
+from tinycea import cases, cli, gradcheck, training
+from tinycea.ablations import CEAConfig
+from tinycea.lab import bench
 from tinycea.nafnet import NAFNetConfig, init
 from tinycea.ops import backend, cpu, reference
-
-from cudacpu import cudacpu, cupy, nvrtc
+from tinycea.optim import decay_mask
+from tinycea.runtime import InputError
 
 TOLERANCE = {"float16": 2**-11, "float32": 2e-5, "float64": 1e-12}
 
@@ -258,7 +258,7 @@ def test_adamw_is_optims(ops, dtype):
     mine, theirs = [ops.to_device(a) for a in (w, g, m, v)], [w.copy(), g, m.copy(), v.copy()]
     for step in (1, 2, 3):
         ops.adamw(*mine, step, *map(ops.to_device, (lr, decay)))
-        optim.adamw(*theirs, step, lr, decay)
+        reference.adamw(*theirs, step, lr, decay)
     for a, b in zip(map(ops.to_host, mine), theirs):
         assert np.abs(a - b).max() <= TOLERANCE[dtype] * np.abs(b).max()
 
@@ -271,10 +271,10 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
     degraded, clean = rng.random((2, 2, 13, 10, 3), np.float32)
     after = []
     for room in (ops, cpu):
-        p = train.on_device(start.copy(), room)
+        p = training.on_device(start.copy(), room)
         g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
-        loss = train.gradient(degraded, clean, p, config, room, g)
-        room.adamw(p.flat, g.flat, m, v, 1, 1e-2, 1e-4 * optim.decay_mask(p))
+        loss = training.gradient(degraded, clean, p, config, room, g)
+        room.adamw(p.flat, g.flat, m, v, 1, 1e-2, 1e-4 * decay_mask(p))
         after.append((loss, room.to_host(g.flat), room.to_host(p.flat)))
     (loss, g, p), (loss_cpu, g_cpu, p_cpu) = after
     assert abs(loss - loss_cpu) < 1e-4 * abs(loss_cpu) and np.abs(g - g_cpu).max() < 1e-4 * np.abs(g_cpu).max()
@@ -285,11 +285,11 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
 def test_gradients_in_float64(ops):
     names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "attended_conv1x1", "summarize",
              "assembly (tokens first)", "cea (signed, token, static none)", "cea (signed, token, static none, of X)"}
-    for name, tolerance, forward, backward, inputs in gradcheck.cases(ops):
+    for name, tolerance, forward, backward, inputs in cases.cases(ops):
         if name in names:
             names.remove(name)
-            pair = gradcheck.hosted(forward, backward, ops)
-            assert all(row.passed for row in gradcheck.check(*pair, inputs, tolerance=tolerance)), name
+            pair = cases.hosted(forward, backward, ops)
+            assert all(row.passed for row in gradcheck.check_gradients(*pair, inputs, tolerance=tolerance)), name
     assert not names
 
 
@@ -346,20 +346,20 @@ def no_driver():
 
 
 def test_tinycea_does_not_import_cupy():
-    code = "import sys, tinycea.cli, tinycea.train, tinycea.gradcheck; assert 'cupy' not in sys.modules"
+    code = "import sys, tinycea.cli, tinycea.training, tinycea.cases; assert 'cupy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "by_adapter", lambda name: NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2)))
-    monkeypatch.setattr(train, "held_out_patches", lambda entries: [np.zeros((1, 8, 8, 3), np.float32)] * 2)
-    monkeypatch.setattr(train, "finish", lambda recipe, config, p, *rest: p)
-    recipe = train.Recipe(backend="cuda", steps=2, scenes=1, batch=2, patch=12)
-    monkeypatch.setattr(train, "backend", {"cuda": emulated, "cpu": cpu}.get)
-    p = train.train(recipe, tmp_path / "run")
-    on_cpu = train.train(replace(recipe, backend="cpu"), tmp_path / "cpu")
+    monkeypatch.setattr(training, "network", lambda name: NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2)))
+    monkeypatch.setattr(training, "test_set", lambda *which: [("", "", *[np.zeros((8, 8, 3), np.float32)] * 2)])
+    monkeypatch.setattr(training, "finish", lambda recipe, p, *rest: p)
+    recipe = {"steps": 2, "scenes": 1, "batch": 2, "patch": 12}
+    monkeypatch.setattr(training, "backend", {"cuda": emulated, "cpu": cpu}.get)
+    p = training.train(tmp_path / "run", backend="cuda", **recipe)
+    on_cpu = training.train(tmp_path / "cpu", **recipe)
     assert np.abs(p.flat - on_cpu.flat).max() < 1e-3 and (tmp_path / "run" / "state.safetensors").exists()
-    again = train.train(recipe, tmp_path / "run", resume=True)       # nothing left to do: the saved state, on the device again
+    again = training.train(tmp_path / "run", resume=True)       # nothing left to do: the saved state, on the device again
     assert np.array_equal(again.flat, p.flat)
 
 

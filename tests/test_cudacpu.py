@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cudacpu import cudacpu, cupy as stand_in, nvrtc
+from cudacpu import cudacpu, nvrtc
+from cudacpu import cupy as stand_in
 from cudacpu.cases import CASES, NAMES, source, wrong
 from cudacpu.mutants import MUTANTS
 

@@ -9,24 +9,25 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import pytest
 
-from tinycea import cea, gradcheck, nafnet
+from tinycea import ablations, cases, gradcheck, nafnet
+from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES
-from tinycea.cea import CEAConfig
-from tinycea.gradcheck import check
-from tinycea.nafnet import ADAPTERS, NAFNetConfig
+from tinycea.gradcheck import check_gradients
+from tinycea.nafnet import NAFNetConfig
 from tinycea.ops import reference
+from tinycea.zoo import ADAPTERS, load_nafnet_state, network
 
 RTOL = {"right": 1e-6, "same sum in another order": 1e-12}
-OPS = [case[0] for case in gradcheck.cases(reference) if not case[0].startswith((*FAMILIES, "nafblock", "nafnet"))]
+OPS = [case[0] for case in cases.cases(reference) if not case[0].startswith((*FAMILIES, "nafblock", "nafnet"))]
 
 
 def case(name):
-    return next(case for case in gradcheck.cases(reference) if case[0] == name)
+    return next(case for case in cases.cases(reference) if case[0] == name)
 
 
 def verdict(forward, backward, inputs, **settings):
     """Argument -> passed."""
-    return {row.argument: row.passed for row in check(forward, backward, inputs, **settings)}
+    return {row.argument: row.passed for row in check_gradients(forward, backward, inputs, **settings)}
 
 
 # ---- wrong gradients fail ----------------------------------------------------------------------------------------------
@@ -133,8 +134,9 @@ SABOTAGE = {
 def layer(config, ops=reference, C=6, seed=0):
     """A CEA layer at a random point, as a pair of plain arrays."""
     rng = np.random.default_rng(seed)
-    p = {name: rng.normal(size=shape) for name, shape in cea.shapes(C, config).items()}
-    return gradcheck.module(lambda x, p: cea.cea(x, p, config, ops), cea.cea_backward, rng.normal(size=(2, 3, 5, C)), p)
+    p = {name: rng.normal(size=shape) for name, shape in ablations.shapes(C, config).items()}
+    x = rng.normal(size=(2, 3, 5, C))
+    return gradcheck.module(lambda x, p: ablations.forward(x, p, config, ops), ablations.backward, x, p)
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
@@ -145,14 +147,14 @@ def test_wrong_term_inside_cea_fails(name):
 
 
 def test_the_package_breaks_its_own_on_purpose():
-    wrong = list(gradcheck.broken(reference))
+    wrong = list(cases.broken(reference))
     assert len(wrong) == 4
     assert all(not all(verdict(*case).values()) for _, _, *case in wrong)
 
 
 def test_kink_fails_by_its_slope():
     """|x| at 0 under the claim 0: both central differences agree with it, only the Taylor remainder does not vanish as h^2."""
-    (row,) = check(lambda x: (np.abs(x), ()), lambda dy, cache: 0 * dy, {"x": np.zeros((3, 5, 70))})
+    (row,) = check_gradients(lambda x: (np.abs(x), ()), lambda dy, cache: 0 * dy, {"x": np.zeros((3, 5, 70))})
     assert row.relative_error < RTOL["right"] and row.taylor_slope < 1.1 and not row.passed
 
 
@@ -196,7 +198,7 @@ def test_right_gradient_that_vanishes_passes(x):
 def test_impossible_gradients_are_refused(answer, message):
     _, _, forward, backward, inputs = case("linear")
     with pytest.raises(ValueError, match=message):
-        check(forward, lambda dy, cache: answer(*backward(dy, cache)), inputs)
+        check_gradients(forward, lambda dy, cache: answer(*backward(dy, cache)), inputs)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -217,36 +219,36 @@ def test_forward_that_turns_nan_never_passes(sick):
 
 def test_rows_hold_what_a_table_needs():
     _, _, forward, backward, inputs = case("probe")
-    rows = check(forward, backward, inputs, seed=3)
+    rows = check_gradients(forward, backward, inputs, seed=3)
     assert [row.argument for row in rows] == ["Q", "K", "V"]
     for row in rows:
         assert row.seed == 3 and row.passed is True
         assert row.method in ("jacobian", "directions")
         assert row.analytic == pytest.approx(row.numeric, rel=RTOL["right"])
         assert 0 <= row.relative_error < RTOL["right"] and row.taylor_slope == pytest.approx(2, abs=0.05)
-    assert check(forward, backward, inputs, seed=3) == rows != check(forward, backward, inputs, seed=4)
+    assert check_gradients(forward, backward, inputs, seed=3) == rows != check_gradients(forward, backward, inputs, seed=4)
 
 
 def test_relative_error_is_the_size_of_the_mistake():
     _, _, forward, backward, inputs = case("linear")
     for size in (1e-1, 1e-3, 1e-5, 3e-6):                      # the last too small for the slope: the tolerance alone catches it
-        rows = check(forward, lambda dy, cache: (backward(dy, cache)[0] * (1 + size), *backward(dy, cache)[1:]), inputs)
+        rows = check_gradients(forward, lambda dy, cache: (backward(dy, cache)[0] * (1 + size), *backward(dy, cache)[1:]), inputs)
         assert rows[0].relative_error == pytest.approx(size, rel=0.2)
         assert [row.passed for row in rows] == [False, True, True]
 
 
 def test_large_arguments_use_directions_and_small_ones_the_jacobian():
     def method(x):
-        return check(lambda x: (x * x, (x,)), lambda dy, cache: 2 * dy * cache[0], {"x": x})[0].method
+        return check_gradients(lambda x: (x * x, (x,)), lambda dy, cache: 2 * dy * cache[0], {"x": x})[0].method
     assert method(np.ones((3, 5))) == "jacobian"
     assert method(np.ones((31, 37))) == "directions"
 
 
 def test_report_is_repeatable_and_shows_the_broken_ones(monkeypatch):
-    small = [case for case in gradcheck.cases(reference) if not case[0].startswith("naf")]
-    monkeypatch.setattr(gradcheck, "cases", lambda ops, seed=0: iter(small))
-    report = gradcheck.report("cpu", 0)
-    assert report == gradcheck.report("cpu", 0)
+    small = [case for case in cases.cases(reference) if not case[0].startswith("naf")]
+    monkeypatch.setattr(cases, "cases", lambda ops, seed=0: iter(small))
+    report = cases.report("cpu", 0)
+    assert report == cases.report("cpu", 0)
     assert json.loads(json.dumps(report)) == report
     assert [row["name"] for row in report[:len(small)]] == [case[0] for case in small]
     assert len(report) == len(small) + 4 and all(row["passed"] for row in report)
@@ -258,8 +260,8 @@ def test_report_is_repeatable_and_shows_the_broken_ones(monkeypatch):
 def test_report_shows_a_wrong_operation(monkeypatch):
     name, tolerance, forward, backward, inputs = case("affinity")
     wrong = (name, tolerance, forward, lambda dy, cache: (backward(dy, cache)[0], backward(dy, cache)[1] * 1.001), inputs)
-    monkeypatch.setattr(gradcheck, "cases", lambda ops, seed=0: iter([wrong]))
-    row = gradcheck.report("reference")[0]
+    monkeypatch.setattr(cases, "cases", lambda ops, seed=0: iter([wrong]))
+    row = cases.report("reference")[0]
     assert (row["name"], row["argument"], row["passed"]) == ("affinity", "A", False)
 
 
@@ -275,10 +277,10 @@ CONFIGS += [replace(config, tokens="X") for config in CONFIGS if config.static !
 def test_fresh_cea_layer_is_the_identity(config):
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):
-        p = {name: np.full(shape, np.nan, dtype) for name, shape in cea.shapes(6, config).items()}
-        cea.init(p, rng)
+        p = {name: np.full(shape, np.nan, dtype) for name, shape in ablations.shapes(6, config).items()}
+        ablations.init(p, rng)
         x = rng.normal(size=(2, 3, 5, 6)).astype(dtype)
-        assert np.array_equal(cea.cea(x, p, config)[0], x)
+        assert np.array_equal(ablations.forward(x, p, config)[0], x)
         assert all(np.isfinite(value).all() for value in p.values())
 
 
@@ -289,14 +291,14 @@ def test_fresh_adapters_change_no_image():
     expected, _ = nafnet.nafnet(image, p, bare)
     config = replace(bare, adapter=CEAConfig())
     q = nafnet.init(config, np.random.default_rng(2))
-    nafnet.load_nafnet_state(p, q)
+    load_nafnet_state(p, q)
     assert np.array_equal(nafnet.nafnet(image, q, config)[0], expected)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_parameter_gets_a_gradient(adapter):
     """At a perturbed point: at the start W_U and beta are zero and hide what is behind them."""
-    rng, config = np.random.default_rng(0), nafnet.by_adapter(adapter)
+    rng, config = np.random.default_rng(0), network(adapter)
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
     g = p.zeros_like()
@@ -308,7 +310,7 @@ def test_every_parameter_gets_a_gradient(adapter):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_gradients_are_added_never_written_over(adapter):
-    rng, config = np.random.default_rng(0), replace(nafnet.by_adapter(adapter), width=8)
+    rng, config = np.random.default_rng(0), replace(network(adapter), width=8)
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
     image = rng.random((2, 7, 10, 3))
@@ -336,7 +338,7 @@ def test_image_without_caches_is_the_same_image():
 def test_anatomy_is_what_the_layer_added(config):
     forward, _, inputs = layer(replace(config, probe_channels=D))
     y, cache = forward(*inputs.values())
-    parts = cea.anatomy(cache)
+    parts = ablations.anatomy(cache)
     added = np.einsum("bnr,brc->bnc", parts["S"], parts["U"]) / config.rank**0.5
     assert np.abs((y - inputs["x"]).reshape(added.shape) - added).max() < RTOL["same sum in another order"] * np.abs(added).max()
     assert (parts["P"] is None) == (config.static == "AU")

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from tinycea import cea, gradcheck
+from tinycea import ablations, cases, gradcheck
+from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES
-from tinycea.errors import InputError
 from tinycea.ops import backend, reference
+from tinycea.runtime import InputError
 
 # largest difference over largest value, per tensor
 RTOL = {np.float64: 1e-12, np.float32: 3e-6}             # an operation
@@ -355,12 +356,12 @@ def snapshot(thing):
 
 
 MODULES = (*FAMILIES, "nafblock", "nafnet")
-CASES = [case[0] for case in gradcheck.cases(reference)]
+CASES = [case[0] for case in cases.cases(reference)]
 EVERY_CASE = pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 
 
 def case(room, number, seed=0):
-    return list(gradcheck.cases(backend(room), seed))[number]
+    return list(cases.cases(backend(room), seed))[number]
 
 
 @EVERY_BACKEND
@@ -411,7 +412,7 @@ def test_float32_in_float32_out(room, number):
                                           if not (seed and "nafnet" in name)])   # the whole network once, its parts with each
 def test_backward_is_the_central_difference(room, number, seed):
     _, tolerance, forward, backward, inputs = case(room, number, seed)
-    failed = [row for row in gradcheck.check(forward, backward, inputs, seed, tolerance=tolerance) if not row.passed]
+    failed = [row for row in gradcheck.check_gradients(forward, backward, inputs, seed, tolerance=tolerance) if not row.passed]
     assert not failed
 
 
@@ -543,13 +544,13 @@ def test_losses_at_a_perfect_restoration(room, loss, expected):
 @pytest.mark.parametrize("static, tokens", [("", "Xhat"), ("A", "Xhat"), ("U", "Xhat"), ("AU", "Xhat"), ("", "X"), ("A", "X")])
 def test_cea_against_loops(affinity, level, static, tokens):
     B, H, W, C, R, D, h, k = 3, 5, 7, 9, 4, 6, 2, 2
-    config = cea.CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static,
+    config = CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static,
                            tokens=tokens)
     rng = np.random.default_rng(0)
-    p = {name: rng.normal(size=shape) for name, shape in cea.shapes(C, config).items()}
+    p = {name: rng.normal(size=shape) for name, shape in ablations.shapes(C, config).items()}
     x = rng.normal(size=(B, H, W, C))
-    y, cache = cea.cea(x, p, config)
-    seen = cea.anatomy(cache)
+    y, cache = ablations.forward(x, p, config)
+    seen = ablations.anatomy(cache)
     for b in range(B):
         X = [x[b, i, j] for i in range(H) for j in range(W)]
         Xhat = [(t - t.mean()) / (t.var() + 1e-6) ** 0.5 * p["norm.weight"] + p["norm.bias"] for t in X]
@@ -575,16 +576,16 @@ def test_cea_against_loops(affinity, level, static, tokens):
 
 
 def test_layers_take_strided_features():
-    config = cea.CEAConfig(rank=3, heads=3)
+    config = CEAConfig(rank=3, heads=3)
     rng = np.random.default_rng(1)
-    p = {name: rng.normal(size=shape) for name, shape in cea.shapes(9, config).items()}
+    p = {name: rng.normal(size=shape) for name, shape in ablations.shapes(9, config).items()}
     x = rng.normal(size=(9, 7, 5, 2)).T                       # (2,5,7,9), channels slowest
-    y, cache = cea.cea(x, p, config)
-    z, other = cea.cea(np.ascontiguousarray(x), p, config)
+    y, cache = ablations.forward(x, p, config)
+    z, other = ablations.forward(np.ascontiguousarray(x), p, config)
     close(y, z, 1e-12)
     dy = rng.normal(size=(9, 7, 5, 2)).T
     g, h = ({name: np.zeros_like(value) for name, value in p.items()} for _ in range(2))
-    close(cea.cea_backward(dy, cache, g), cea.cea_backward(np.ascontiguousarray(dy), other, h), 1e-11)
+    close(ablations.backward(dy, cache, g), ablations.backward(np.ascontiguousarray(dy), other, h), 1e-11)
     for name in p:
         close(g[name], h[name], 1e-11)
 
@@ -597,6 +598,6 @@ def test_losses_refuse_what_would_broadcast(loss):
 
 @pytest.mark.parametrize("shape", [(4, 9), (1, 0, 3, 9), (1, 2, 3, 8)])
 def test_cea_refuses_other_shapes(shape):
-    config = cea.CEAConfig(rank=3, heads=3)
+    config = CEAConfig(rank=3, heads=3)
     with pytest.raises(InputError, match="expected"):
-        cea.cea(np.zeros(shape), {name: np.zeros(s) for name, s in cea.shapes(9, config).items()}, config)
+        ablations.forward(np.zeros(shape), {name: np.zeros(s) for name, s in ablations.shapes(9, config).items()}, config)

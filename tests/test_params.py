@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 
 from tinycea import nafnet, params
 from tinycea.adapters import ExpertsConfig
-from tinycea.errors import InputError
-from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter, load_model, save_model
+from tinycea.nafnet import NAFNetConfig
 from tinycea.params import Params, copy_into, load, save, under
+from tinycea.runtime import InputError
+from tinycea.zoo import ADAPTERS, load_model, network, save_model
 
 SHAPES = {"a.weight": (3, 5), "a.bias": (5,), "b": (1, 7, 1, 1), "scalar": (), "none": (0, 4)}
 SMALL = NAFNetConfig(width=8, encoders=(1,), middle=1, decoders=(1,))
@@ -124,7 +125,7 @@ def test_any_memory_layout_is_saved(tmp_path):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_model_round_trip(tmp_path, adapter):
-    config = replace(by_adapter(adapter), width=8, slots=("middle_blks", "encoders.0"))
+    config = replace(network(adapter), width=8, slots=("middle_blks", "encoders.0"))
     p = random(nafnet.shapes(config))
     save_model(tmp_path / "model.safetensors", p, config)
     q, found = load_model(tmp_path / "model.safetensors")
@@ -132,14 +133,14 @@ def test_model_round_trip(tmp_path, adapter):
 
 
 def test_a_name_with_options():
-    config = by_adapter("experts-token:rank=7,topk=2,width=8,sca=false,slots=encoders.0+middle_blks")
+    config = network("experts-token:rank=7,topk=2,width=8,sca=false,slots=encoders.0+middle_blks")
     assert config == NAFNetConfig(8, adapter=ExpertsConfig(level="token", rank=7, topk=2), sca=False,
                                   slots=("encoders.0", "middle_blks"))
-    assert by_adapter("cea:affinity=softmax") == by_adapter("cea-softmax") and by_adapter("none:width=27") == by_adapter("wider")
+    assert network("cea:affinity=softmax") == network("cea-softmax") and network("none:width=27") == network("wider")
     for wrong in ("cea:depth=2", "none:rank=2", "cea:adapter=none", "cea:rank=two", "cea:slots=attic", "mlp:hidden=0",
                   "cea:sca=maybe", "ce"):
         with pytest.raises(InputError):
-            by_adapter(wrong)
+            network(wrong)
 
 
 def test_file_permissions_follow_the_umask(model):

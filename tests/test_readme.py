@@ -1,64 +1,198 @@
-"""README keeps its word: the example prints what it says, the tables are those of data/, every name and file it shows exists."""
+"""README and its annexes keep their word: examples print what they say, tables and figures are those of data/, names exist."""
 import contextlib
 import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinycea import cli
-from tinycea.restore import WEIGHTS, format_table
+from tinycea.evaluation import format_table
+from tinycea.zoo import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "data/README.md", "data/bench.md", "CONTRIBUTING.md")}
+README, RESULTS, BENCH, _ = PAGES.values()
+RUN, WITHOUT, SHIPPED = (json.loads(path.read_text()) for path in (
+    ROOT / "data/train/cea/result.json", ROOT / "data/train/none/result.json", WEIGHTS.with_suffix(".json")))
+RIVALS = ("wider", "static", "mlp", "descriptor", "prompt", "experts-image", "experts-token")
 
 
-def test_the_example_prints_what_its_comments_say():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    printed = io.StringIO()
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+def example(word):
+    """Run README's example that holds the word -> its lines of code, what it printed, and its names."""
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if word in code)
+    names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    shapes, error = printed.getvalue().splitlines()
-    said = re.findall(r"print\(.*# (.*)", code)
-    assert shapes == said[0]
-    assert float(said[1].split(",")[0]) / 10 < float(error) < 10 * float(said[1].split(",")[0])
+        exec(code, names)
+    return code, printed.getvalue().splitlines(), names
 
 
-@pytest.mark.parametrize("path", [ROOT / "data" / "train" / "cea" / "result.json", WEIGHTS.with_suffix(".json")])
-def test_the_tables_are_the_committed_results(path):
-    assert format_table(json.loads(path.read_text())["rows"]) in README
+def test_the_gradient_example_prints_what_its_comments_say():
+    code, printed, names = example("check_gradients")
+    said = re.findall(r"print\(.*?# (.*)", code)
+    assert printed[0] == said[0]
+    assert all(any(line.startswith(name) for line in printed) for name in names["inputs"])
+    worst, quoted = max(row.relative_error for row in names["report"]), float(said[1].split()[-1])
+    assert all(row.passed for row in names["report"]) and quoted / 10 < worst < 10 * quoted
 
 
-def test_the_comparison_without_an_adapter_is_the_committed_one():
-    none = json.loads((ROOT / "data" / "train" / "none" / "result.json").read_text())
-    assert f"{none['rows'][-1]['psnr_after']:.2f} dB after" in README and none["recipe"]["adapter"] == "none"
+def test_the_restoring_example_gives_back_what_went_in():
+    *_, names = example("restore")
+    assert names["restored"].shape == names["hazy"].shape and names["restored"].dtype == names["hazy"].dtype == np.uint8
+
+
+# ---- what a run gives ------------------------------------------------------------------------------------------------
+
+def average(result, of="psnr_after", entries=("average",)):
+    return np.mean([row[of] for row in result["rows"] if row["degradation"] in entries])
+
+
+def test_the_tables_are_the_committed_results():
+    assert f"```\n{format_table(RUN['rows'])}\n```" in README
+    assert f"```\n{format_table(SHIPPED['rows'])}\n```" in RESULTS
+
+
+def test_the_sentences_around_them_are_too():
+    assert f"{RUN['recipe']['steps']} steps, {RUN['seconds']:.0f} s on two cores" in README and RUN["parameters"] // 1000 == 74
+    assert f"ends at {average(WITHOUT):.2f} dB" in README and WITHOUT["recipe"]["adapter"] == "none"
+    assert average(WITHOUT) > average(RUN)                    # CEA does not help there
+    assert average(RUN, "psnr_after", ["blur"]) < average(RUN, "psnr_before", ["blur"]) + 0.3
+    assert f"{SHIPPED['recipe']['steps']:,} steps" in README and f"{SHIPPED['seconds'] / 60:.0f} minutes" in RESULTS
+    assert f"--suite {SHIPPED['recipe']['suite']} --adapter {SHIPPED['recipe']['adapter']}" in RESULTS
+    five = ("noise25", "rain", "haze", "blur", "low")
+    assert f"the gain is {average(SHIPPED, entries=five) - average(SHIPPED, 'psnr_before', five):.2f} dB" in RESULTS
+    assert f"restores {average(SHIPPED, entries=['noise25']):.2f} dB" in RESULTS
+    rows = {line.split(".safetensors")[0].split("/")[-1]: line.split()[1:]
+            for line in (ROOT / "data/results/weights/validation.txt").read_text().splitlines()[3:]}
+    shipped, specialist = rows["all-width32-64000"], rows["aio3+aio5+patchwork-width32-32000"]
+    assert f"{shipped[-1]} dB" in README and f"{shipped[-1]} dB" in RESULTS and f"photographs, {shipped[4]} dB" in RESULTS
+    assert f"gains {specialist[1]} dB on `aio5` where this one gains {shipped[1]};" in " ".join(RESULTS.split())
+
+
+def test_there_is_one_test_set():
+    degraded = re.search(r"^aio5.*photographs:.*\n.*\ndegraded +(\S+)", headline("table.txt"), re.M)[1]
+    assert f"{average(RUN, 'psnr_before'):.2f}" == degraded
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+def headline(name):
+    return (ROOT / "data/results/headline" / name).read_text("utf-8")
+
+
+def photographs(suite):
+    """The rows of a suite's table of whole photographs: {adapter: the text after its name}."""
+    block = next(block for block in headline("table.txt").split("\n\n") if re.match(f"{suite}, .* photographs:", block))
+    return {line[:17].strip(): line[17:] for line in block.splitlines()[2:]}
+
+
+def means(suite, steps, seeds):
+    """{adapter: {entry: mean PSNR on photographs}} of the runs behind the tables."""
+    runs = [json.loads(line) for line in headline("runs.jsonl").splitlines()]
+    found = {}
+    for run in runs:
+        recipe = run["recipe"]
+        if "parameters" in run and (recipe["suite"], recipe["steps"]) == (suite, steps) and recipe["seed"] < seeds:
+            for entry, photos in run["psnr"]["photographs"].items():
+                found.setdefault(recipe["adapter"], {}).setdefault(entry, []).append(np.mean(list(photos.values())))
+    return {adapter: {entry: np.mean(values) for entry, values in entries.items()} for adapter, entries in found.items()}
+
+
+def test_the_short_table_is_the_committed_one():
+    lines = README.split("## Does it hold?")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    assert tuple(row[0].split()[0] for row in rows) == (*RIVALS, "CEA's")
+    for column, suite in enumerate(head[1:], 1):
+        table = photographs(suite)
+        for row in rows[:-1]:
+            assert row[column] in table[row[0].split()[0]] and "[" in row[column], (suite, row[0])
+        cea, degraded = re.fullmatch(r"(\S+) \((\S+)\)", rows[-1][column]).groups()
+        assert table["cea"].split()[3] == cea and table["degraded"].split()[0] == degraded
+
+
+def test_the_verdict_is_the_tables():
+    leads = [float(re.search(r" ([+-]\d\S+) \[", photographs(suite)[rival])[1])
+             for suite in ("aio3", "aio5", "cdd11", "patchwork") for rival in RIVALS]
+    assert min(leads) > 0 and f"last on all four suites, by {min(leads):.2f} to {max(leads):.2f} dB" in README
+
+
+def test_low_light_makes_most_of_the_lead():
+    found = means("aio5", 1000, 5)
+    share = {}
+    for rival in RIVALS:
+        lead = {entry: found[rival][entry] - value for entry, value in found["cea"].items()}
+        share[rival] = lead["low"] / sum(lead.values())
+    static = share.pop("static")
+    for page in (README, RESULTS):
+        assert f"{100 * min(share.values()):.0f} to {100 * max(share.values()):.0f} %" in " ".join(page.split())
+    assert f"{static:.0%}" == "99%"
+
+
+def test_the_gain_of_longer_training():
+    gains = []
+    for suite in ("aio5", "patchwork"):
+        short, long = means(suite, 1000, 2), means(suite, 4000, 2)
+        for adapter in ("wider", "mlp", "descriptor", "experts-image", "cea"):
+            gains.append(np.mean(list(long[adapter].values())) - np.mean(list(short[adapter].values())))
+    assert f"All gain {min(gains):.2f} to {max(gains):.2f} dB" in RESULTS
 
 
 def test_the_comparison_is_the_committed_one():
-    blocks = re.findall(r"```\n(.*?)```", README.split("## Does it hold?")[1].split("\n## ")[0], re.S)
+    blocks = re.findall(r"```\n(\w+, \d+ steps.*?)```", RESULTS, re.S)
     for block, path in zip(blocks, ("headline/table.txt", "length/steps.txt"), strict=True):
-        table = (ROOT / "data" / "results" / path).read_text("utf-8")
+        table = (ROOT / "data/results" / path).read_text("utf-8")
         assert len(lines := block.splitlines()) > 10 and all(line in table for line in lines)
 
 
+# ---- the race --------------------------------------------------------------------------------------------------------
+
+def test_the_bench_rows_are_the_committed_ones():
+    *lines, last = (ROOT / "data/bench.txt").read_text().splitlines()[1:]
+    number = r"(\S+(?: ms| MB)?)"
+    row = re.compile(rf"(\S.*?)\s\s+{number}(?:\s+{number}\s+(\d\S*)\s+(?:(\d\S*-\d\S*)\s+)?(\S.*))?")
+    rows = ["| " + " | ".join(cell or "" for cell in row.fullmatch(line).groups()) + " |" for line in lines]
+    assert "\n".join(rows) in BENCH and last in " ".join(BENCH.split())
+    shown = re.findall(r"^\| .*", README.split("## Speed")[1].split("\n## ")[0], re.M)[1:]
+    assert len(shown) == 3 and set(shown) <= set(rows)
+
+
+# ---- names and files -------------------------------------------------------------------------------------------------
+
 def test_lines_of_code_shown_are_lines_of_the_source():
-    source = (ROOT / "tinycea" / "cea.py").read_text("utf-8")
-    lines = re.findall(r"`([^`]*ops\.[^`]*)`", README.split("| equation")[1].split("\n\n")[0])
-    assert len(lines) == 5
-    for line in lines:
-        start, _, end = line.rpartition("... ")
-        assert re.search(re.escape(start) + ".*" + re.escape(end), source), line
+    source = [line.strip() for line in (ROOT / "tinycea/cea.py").read_text("utf-8").splitlines()]
+    shown = re.findall(r"`([^`]*ops\.[^`]*)`", README.split("| equation")[1].split("\n\n")[0])
+    assert len(shown) == 5 and all(line in source for line in shown)
 
 
-def test_files_linked_or_listed_exist():
-    names = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", PAGES[page])
+    assert links
+    for path, anchor in links:
+        assert (ROOT / page).parent.joinpath(path).exists(), path
+        if anchor:                                            # as the hosts of repositories make it of a heading
+            assert not path and anchor in {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-")
+                                           for head in re.findall(r"^#+ (.*)", PAGES[page], re.M)}, anchor
+
+
+def test_the_tree_is_the_tree():
     tree = README.split("```\ntinycea/\n")[1].split("```")[0]
-    inside, beside = tree.split("data/ ")[0], re.findall(r"^(\w+/)", tree, re.M)
-    names += beside + ["tinycea/" + name for name in re.findall(r"\b(\w+\.py|\w+/)(?=\s)", inside)]
+    inside, beside = tree.split("\ndata/")[0], "data/" + tree.split("\ndata/")[1].split("    ")[0]
+    names = re.findall(r"(?<![\w/])(\w+\.py|\w+/)", inside)
     for name in names:
-        path = ROOT / name
-        assert path.exists() or (ROOT / "tinycea" / "ops" / path.name).exists(), name
+        assert any((ROOT / "tinycea" / room / name).exists() for room in ("", "ops")), name
+    assert {path.name for path in (ROOT / "tinycea").glob("[!_]*.py")} <= set(names)
+    assert all((ROOT / name).is_dir() for name in beside.split())
+
+
+def test_programs_of_the_lab_exist():
+    texts = "".join(PAGES.values()) + "".join(path.read_text() for path in (ROOT / "data").glob("*.sh"))
+    programs = set(re.findall(r"python -m tinycea\.(\w+\.\w+)", texts))
+    assert programs and all((ROOT / "tinycea" / f"{name.replace('.', '/')}.py").exists() for name in programs), programs
 
 
 def test_every_command_is_documented():
@@ -67,5 +201,8 @@ def test_every_command_is_documented():
         assert f"`tinycea {name}" in README, name
 
 
-def test_the_bench_table_is_the_committed_one():
-    assert (ROOT / "data" / "bench.txt").read_text() in README
+def test_minutes_to_read_a_notebook():
+    rows = re.findall(r"^\| \[\d\]\((notebooks/\S+)\.ipynb\) \| .* \| (\d+) \| .* \|$", README, re.M)
+    assert [Path(name).name for name, _ in rows] == [path.stem for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
+    for name, minutes in rows:                                # 200 words a minute, code among them
+        assert abs(len((ROOT / f"{name}.py").read_text("utf-8").split()) / 200 - int(minutes)) < 5, name

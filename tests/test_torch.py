@@ -1,21 +1,24 @@
 """Proves the whole: outputs and every gradient equal PyTorch's autograd in float64.
 
-tinycea.rival is the public architecture under its public names, (B,C,H,W) throughout; it calls nothing of tinycea's arithmetic.
+tinycea.lab.twin is the public architecture under its public names, (B,C,H,W) throughout; it calls nothing of tinycea's arithmetic.
 """
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tinycea import cea, nafnet, optim
-from tinycea.cea import CEAConfig
-from tinycea.errors import InputError
-from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter
-from tinycea.ops import backend
+from tinycea import ablations, nafnet, optim
+from tinycea.ablations import CEAConfig
+from tinycea.nafnet import NAFNetConfig
+from tinycea.ops import backend, reference
 from tinycea.params import Params, under
+from tinycea.runtime import InputError
+from tinycea.zoo import ADAPTERS, load_nafnet_state, network
 
 torch = pytest.importorskip("torch")
-from tinycea.rival import CEA as FastCEA, NAFBlock, NAFNet, named  # noqa: E402  needs torch
+from tinycea.lab.twin import CEA as FastCEA  # noqa: E402  needs torch
+from tinycea.lab.twin import NAFBlock, NAFNet, named
+
 nn, F = torch.nn, torch.nn.functional
 torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
 
@@ -112,18 +115,18 @@ CEA += [CEAConfig(rank=1, heads=1), CEAConfig(rank=11, heads=6), CEAConfig(rank=
 @pytest.mark.parametrize("config", CEA, ids=lambda c: f"R{c.rank}-{c.affinity}-{c.level}-{c.static or 'written'}")
 def test_cea_layer(room, config):
     rng = np.random.default_rng(0)
-    p = random_params(cea.shapes(6, config), rng)
+    p = random_params(ablations.shapes(6, config), rng)
     parameters = {name: tensor(value) for name, value in p.items()}
-    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
+    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: ablations.forward(x, p, config, ops), ablations.backward),
           lambda x: torch_cea(x, parameters, config), parameters)
 
 
 @EVERY_BACKEND
 def test_the_layer_that_bench_races_against(room):
     rng, config = np.random.default_rng(0), CEAConfig(rank=5, heads=3, probe_channels=12)
-    p = random_params(cea.shapes(6, config), rng)
+    p = random_params(ablations.shapes(6, config), rng)
     theirs = FastCEA(p, config.heads)
-    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: cea.cea(x, p, config, ops), cea.cea_backward),
+    agree(room, rng.normal(size=(2, 9, 7, 6)), p, (lambda x, p, ops: ablations.forward(x, p, config, ops), ablations.backward),
           theirs, named(theirs))
 
 
@@ -136,7 +139,7 @@ def test_nafblock(room):
           theirs, dict(theirs.named_parameters()))
 
 
-def network(config, size, room, seed=0):
+def random_network(config, size, room, seed=0):
     """A whole network, its adapters too, at random weights."""
     rng = np.random.default_rng(seed)
     p = random_params(nafnet.shapes(config), rng)
@@ -161,7 +164,7 @@ NETWORKS = {"NAFNet, two levels": (NAFNetConfig(6, (2, 1), 3, (1, 2), 1, None), 
             "unshuffled, no adapter": (NAFNetConfig(5, (1,), 1, (1,), 2, None), (13, 21))}
 NETWORKS |= {f"slots {' '.join(slots) or 'none'}": (NAFNetConfig(4, (1, 1), 1, (1, 1), 2, slots=slots), (9, 14))
              for slots in ((), ("encoders.0",), ("middle_blks",), ("decoders.1", "encoders.1"))}
-NETWORKS |= {f"adapter {name}": (replace(by_adapter(name), width=8, middle=1), (9, 14))
+NETWORKS |= {f"adapter {name}": (replace(network(name), width=8, middle=1), (9, 14))
              for name in ADAPTERS if name.startswith("cea-")}
 
 
@@ -186,7 +189,7 @@ def trained(config, seed=0):
 def test_official_weights_give_the_official_image(name):
     config, size = NETWORKS[name]
     theirs, p = trained(config), Params(nafnet.shapes(config), np.float64)
-    nafnet.load_nafnet_state(theirs.state_dict(), p)
+    load_nafnet_state(theirs.state_dict(), p)
     image = np.random.default_rng(0).random((2, *size, 3))
     close(nafnet.nafnet(image, p, config)[0], nhwc(theirs(nchw(image))), "output")
 
@@ -196,7 +199,7 @@ def test_official_weights_leave_adapters_alone():
     p = nafnet.init(config, np.random.default_rng(0), np.float64)
     before = {name: value.copy() for name, value in p.items()}
     state = trained(config).state_dict()
-    nafnet.load_nafnet_state({name: value.numpy() for name, value in state.items()}, p)
+    load_nafnet_state({name: value.numpy() for name, value in state.items()}, p)
     for name, value in p.items():
         assert np.array_equal(value, before[name] if name.startswith("adapters.") else state[name])
 
@@ -215,7 +218,7 @@ def test_foreign_weights_are_refused_by_name(spoil, named):
     before, state = p.flat.copy(), trained(config).state_dict()
     spoil(state)
     with pytest.raises(InputError, match=named):
-        nafnet.load_nafnet_state(state, p)
+        load_nafnet_state(state, p)
     assert np.array_equal(p.flat, before)
 
 
@@ -263,7 +266,7 @@ def test_adamw_steps(betas, eps):
             value.grad = tensor(g[name], False)
         optimizer.step()
         before = g.flat.copy()
-        optim.adamw(p.flat, g.flat, m.flat, v.flat, step, lr, decay * optim.decay_mask(p), betas, eps)
+        reference.adamw(p.flat, g.flat, m.flat, v.flat, step, lr, decay * optim.decay_mask(p), betas, eps)
         assert np.array_equal(g.flat, before)
         for name, value in theirs.items():
             close(p[name], value.detach(), "optimizer")

@@ -1,19 +1,23 @@
 """What CEA is compared with, under the same contract: token MLP, descriptor, prompt and experts, forward over backward.
 
-A family has a configuration and four functions: `shapes` and `init` of the parameters, forward and backward. All start, as CEA does,
+A family has a configuration and four functions: `shapes` and `init` of the parameters, forward and backward. Like CEA, all start
 from the normalized features of a stage, X̂ = LayerNorm(X), and end with a factor that starts at zero, so that Y = X.
-SG is NAFNet's simple gate: the product of the two halves of the channels. Which sizes, and where the non-linearity sits, is our choice,
-made so that each family is as strong as we could make it at CEA's number of parameters. Static low-rank is `CEAConfig(static="AU")`.
+SG is NAFNet's simple gate: the product of the two halves of the channels. Sizes, and where the non-linearity sits, are our
+choice, made so that each family is as strong as we could make it at CEA's number of parameters. Static low-rank is
+`CEAConfig(static="AU")`.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from . import cea
-from .cea import CEAConfig, each, through
-from .errors import InputError
+from . import ablations
+from .ablations import CEAConfig, repeated
+from .cea import tokens
 from .ops import cpu
+from .params import accumulate
+from .runtime import InputError
 
 
 def _positive(config, *names):
@@ -23,18 +27,14 @@ def _positive(config, *names):
 
 
 def _normalized(x, p, ops):
-    """X̂ and its cache; InputError unless x is (B,H,W,C), no side zero."""
-    if x.ndim != 4 or 0 in x.shape or p["norm.weight"].shape != x.shape[-1:]:
-        raise InputError(f"x has shape {x.shape}: expected (B,H,W,{p['norm.weight'].size}), no side zero")
+    """X̂ (B,H,W,C) and its cache; InputError unless x is of that shape, no side zero."""
+    tokens(x, p)
     return ops.layernorm(x, p["norm.weight"], p["norm.bias"])
 
 
 def _normalized_backward(dXhat, cache, dy, g, ops):
     """dx of a layer whose gradients are dXhat through the norm and dy past it."""
-    dx, dweight, dbias = ops.layernorm_backward(dXhat, cache)
-    g["norm.weight"] += dweight
-    g["norm.bias"] += dbias
-    return dx + dy
+    return accumulate(g, ops.layernorm_backward(dXhat, cache), "norm.weight", "norm.bias") + dy
 
 
 # ---- token MLP -------------------------------------------------------------------------------------------------------
@@ -65,9 +65,9 @@ def mlp(x, p, config, ops=cpu):
 
 def mlp_backward(dy, cache, g):
     c_norm, c_1, c_gate, c_2, ops = cache
-    dv = through(dy, c_2, g, ops, "W_2")
+    dv = accumulate(g, ops.linear_backward(dy, c_2), "W_2")
     du = ops.simple_gate_backward(dv, c_gate)
-    dXhat = through(du, c_1, g, ops, "W_1", "b_1")
+    dXhat = accumulate(g, ops.linear_backward(du, c_1), "W_1", "b_1")
     return _normalized_backward(dXhat, c_norm, dy, g, ops)
 
 
@@ -75,9 +75,10 @@ def mlp_backward(dy, cache, g):
 
 @dataclass(frozen=True)
 class DescriptorConfig:
-    """One vector for the image sets a scale and a shift per channel: (γ, β) = SG(mean(X̂) W_1 + b_1) W_2 + b_2, Y = X + (X̂ (1+γ) + β) W.
+    """One vector for the image sets a scale and a shift per channel: Y = X + (X̂ (1+γ) + β) W.
 
-    Source: FiLM (Perez et al. 2018), as AirNet's and InstructIR's descriptors; the channel mix W follows InstructIR. M hidden channels.
+    (γ, β) = SG(mean(X̂) W_1 + b_1) W_2 + b_2, with M hidden channels. Source: FiLM (Perez et al. 2018), as AirNet's and
+    InstructIR's descriptors; the channel mix W follows InstructIR.
     """
     hidden: int = 28
 
@@ -88,7 +89,8 @@ class DescriptorConfig:
 def descriptor_shapes(C, config):
     """W_1 (C,2M), b_1 (2M,), W_2 (M,2C), b_2 (2C,), W (C,C), and the norm's."""
     M = config.hidden
-    return {"norm.weight": (C,), "norm.bias": (C,), "W_1": (C, 2 * M), "b_1": (2 * M,), "W_2": (M, 2 * C), "b_2": (2 * C,), "W": (C, C)}
+    return {"norm.weight": (C,), "norm.bias": (C,), "W_1": (C, 2 * M), "b_1": (2 * M,),
+            "W_2": (M, 2 * C), "b_2": (2 * C,), "W": (C, C)}
 
 
 def descriptor(x, p, config, ops=cpu):
@@ -105,12 +107,12 @@ def descriptor(x, p, config, ops=cpu):
 
 def descriptor_backward(dy, cache, g):
     c_norm, c_pool, c_1, c_gate, c_2, c_scale, c_mix, ops = cache
-    df = through(dy, c_mix, g, ops, "W")
+    df = accumulate(g, ops.linear_backward(dy, c_mix), "W")
     dXhat, dgamma = ops.scale_channels_backward(df, c_scale)
     dbeta = df.sum((1, 2), keepdims=True)
-    de = through(np.concatenate((dgamma, dbeta), -1), c_2, g, ops, "W_2", "b_2")
+    de = accumulate(g, ops.linear_backward(np.concatenate((dgamma, dbeta), -1), c_2), "W_2", "b_2")
     du = ops.simple_gate_backward(de, c_gate)
-    dd = through(du, c_1, g, ops, "W_1", "b_1")
+    dd = accumulate(g, ops.linear_backward(du, c_1), "W_1", "b_1")
     return _normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, dy, g, ops)
 
 
@@ -118,10 +120,10 @@ def descriptor_backward(dy, cache, g):
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Learned feature maps, mixed for the image: w = softmax(mean(X̂) W_p) over T prompts P_t (s,s,D), resized to the features' size.
+    """Learned maps, mixed for the image: w = softmax(mean(X̂) W_p) over T prompts P_t (s,s,D), resized to the features' size.
 
-    Y = X + SG(X̂ W_1 + b_1 + resize(Σ_t w_t P_t W_P)) W_2, with M hidden channels. Source: PromptIR (Potlapalli et al. 2023), whose
-    interaction is a transformer block; W_P comes before the resizing, which is cheaper and the same.
+    Y = X + SG(X̂ W_1 + b_1 + resize(Σ_t w_t P_t W_P)) W_2, with M hidden channels. Source: PromptIR (Potlapalli et al. 2023),
+    whose interaction is a transformer block; W_P comes before the resizing, which is cheaper and the same.
     """
     prompts: int = 5
     size: int = 8
@@ -156,12 +158,12 @@ def prompt(x, p, config, ops=cpu):
 
 def prompt_backward(dy, cache, g):
     c_norm, c_pool, c_p, c_softmax, c_mix, c_P, c_resize, c_1, c_gate, c_2, ops = cache
-    dv = through(dy, c_2, g, ops, "W_2")
+    dv = accumulate(g, ops.linear_backward(dy, c_2), "W_2")
     du = ops.simple_gate_backward(dv, c_gate)
-    dXhat = through(du, c_1, g, ops, "W_1", "b_1")
-    dmixed = through(ops.resize_backward(du, c_resize), c_P, g, ops, "W_P")
-    dw = through(dmixed.reshape(len(dy), 1, 1, -1), c_mix, g, ops, "P")
-    dd = through(ops.topk_softmax_backward(dw, c_softmax), c_p, g, ops, "W_p")
+    dXhat = accumulate(g, ops.linear_backward(du, c_1), "W_1", "b_1")
+    dmixed = accumulate(g, ops.linear_backward(ops.resize_backward(du, c_resize), c_P), "W_P")
+    dw = accumulate(g, ops.linear_backward(dmixed.reshape(len(dy), 1, 1, -1), c_mix), "P")
+    dd = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dw, c_softmax), c_p), "W_p")
     return _normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, dy, g, ops)
 
 
@@ -169,12 +171,12 @@ def prompt_backward(dy, cache, g):
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """E static low-rank experts of r columns each: Y = X + Σ_e G_e (X̂ A_e^T / sqrt(C)) U_e / sqrt(E r), the gate G chosen by a router.
+    """E static low-rank experts of r columns each: Y = X + Σ_e G_e (X̂ A_e^T / sqrt(C)) U_e / sqrt(E r), with a router's gate G.
 
-    π = softmax(mean(X̂) W_g) for the image, or of X̂ W_g for each token (level); G = π at its k largest, else 0 (Switch Transformer,
-    Fedus et al. 2021: not normalized again, so that the router learns even for k = 1). Image level as MoCE-IR, without its noise: the
-    same answer twice. Training adds `balance` times `ops.load_balance(π)` to the loss: the backward does, in the gradient. It is taken of
-    π, before the top-k, so that the experts not chosen are heard too.
+    π = softmax(mean(X̂) W_g) for the image, or of X̂ W_g for each token (level); G = π at its k largest, else 0 (Switch
+    Transformer, Fedus et al. 2021: not normalized again, so that the router learns even for k = 1). Image level as MoCE-IR,
+    without its noise: the same answer twice. Training adds `balance` times `ops.load_balance(π)` to the loss: the backward does,
+    in the gradient. It is taken of π, before the top-k, so that the experts not chosen are heard too.
     """
     experts: int = 4
     topk: int = 1
@@ -206,9 +208,9 @@ def experts(x, p, config, ops=cpu):
     logits, c_g = ops.linear(seen[:, 0], p["W_g"])                              # (B,1 or N,E)
     pi, c_softmax = ops.topk_softmax(logits, config.experts)
     G, c_top = ops.keep_topk(pi, config.topk)
-    S, c_S = ops.affinity(Xhat, each(p["A"], B))
+    S, c_S = ops.affinity(Xhat, repeated(p["A"], B))
     T, c_T = ops.gate_experts(S, G)
-    Y, c_Y = ops.combine(X, T, each(p["U"], B))
+    Y, c_Y = ops.combine(X, T, repeated(p["U"], B))
     return Y.reshape(x.shape), (c_norm, c_pool, c_g, pi, c_softmax, c_top, c_S, c_T, c_Y, config, ops)
 
 
@@ -221,7 +223,7 @@ def experts_backward(dy, cache, g):
     dXhat, dA = ops.affinity_backward(dS, c_S)
     g["A"] += dA.sum(0)
     dpi = ops.keep_topk_backward(dG, c_top) + ops.load_balance_backward(config.balance, ops.load_balance(pi)[1])
-    dseen = through(ops.topk_softmax_backward(dpi, c_softmax), c_g, g, ops, "W_g")
+    dseen = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dpi, c_softmax), c_g), "W_g")
     if config.level == "image":
         dseen = ops.global_average_pool_backward(dseen[:, None], c_pool)[:, 0]
     return _normalized_backward((dXhat + dseen).reshape(dy.shape), c_norm, dy, g, ops)
@@ -230,7 +232,7 @@ def experts_backward(dy, cache, g):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 def init(p, rng):
-    """Fill a rival's parameters in place: matrices N(0, 1/rows), prompts and A N(0, 1), biases and the last factor (W, W_2, U) zero."""
+    """Fill parameters in place: matrices N(0, 1/rows), prompts and A N(0, 1), biases and the last factor (W, W_2, U) zero."""
     last = next(name for name in ("U", "W", "W_2") if name in p)
     for name, value in p.items():
         if name == "norm.weight":
@@ -242,7 +244,7 @@ def init(p, rng):
 
 
 class Family(NamedTuple):
-    """A kind of adapter: its configuration's type, and its functions; see the top of this file, and `cea`."""
+    """A kind of adapter: its configuration's type, and its functions; see the top of this file."""
     config: type
     shapes: Callable
     init: Callable
@@ -250,7 +252,7 @@ class Family(NamedTuple):
     backward: Callable
 
 
-FAMILIES = {"cea": Family(CEAConfig, cea.shapes, cea.init, cea.cea, cea.cea_backward),
+FAMILIES = {"cea": Family(CEAConfig, ablations.shapes, ablations.init, ablations.forward, ablations.backward),
             "mlp": Family(MLPConfig, mlp_shapes, init, mlp, mlp_backward),
             "descriptor": Family(DescriptorConfig, descriptor_shapes, init, descriptor, descriptor_backward),
             "prompt": Family(PromptConfig, prompt_shapes, init, prompt, prompt_backward),

@@ -1,16 +1,18 @@
-"""The command `tinycea`: train, compare, restore, degrade, demo, gradcheck, bench. Bad input ends in one sentence and exit status 2."""
+"""The command `tinycea`: train, compare, restore, degrade, demo, gradcheck, bench.
+
+Bad input ends in one sentence and exit status 2.
+"""
 import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-from .errors import InputError
+from .runtime import InputError
 
-# Before NumPy is imported: products this small gain nothing from a second BLAS thread, which spins if another process wants its core.
+# Before NumPy is imported: small products gain nothing from a second BLAS thread, which spins if another process wants its core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -34,41 +36,46 @@ def parser():
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = command(train, "train a model on a suite of degradations and leave a run folder (about four minutes by default)")
+    sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, or several joined by + (default aio5)")
-    sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, experts-image, "
-                     "experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, cea-static-U, cea-static; "
-                     "with options as in cea:rank=16,sca=false")
+    sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
+                     "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
+                     "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="training steps (default 3000)")
     length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
-    sub.add_argument("--images", type=path, metavar="DIR", help="a folder of your photographs to train on instead of scikit-image's")
+    sub.add_argument("--images", type=path, metavar="DIR",
+                     help="a folder of your photographs to train on instead of scikit-image's")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 
-    sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys (about two hours by default)")
+    sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys "
+                  "(45 minutes on two cores by default)")
     sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork (default all four)")
     sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
-    sub.add_argument("--rates", type=positive, nargs="+", help="learning rates of the adapters relative to the network's (default: tuned)")
+    sub.add_argument("--rates", type=positive, nargs="+",
+                     help="learning rates of the adapters relative to the network's (default: tuned)")
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="photographs to test on (default test)")
     sub.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes (default one for each core)")
-    sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR", help="folder of the runs; what it holds is not trained again")
+    sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR",
+                     help="folder of the runs; what it holds is not trained again")
     sub.add_argument("--quick", action="store_true", help="two adapters, one suite, one seed, 60 steps: a minute")
 
     sub = command(restore, "restore photographs with a trained model")
     sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
-    sub.add_argument("--weights", type=path, metavar="FILE", help="a model.safetensors of a run (default: the model in the package)")
+    sub.add_argument("--weights", type=path, metavar="FILE",
+                     help="a model.safetensors of a run (default: the model in the package)")
 
     sub = command(degrade, "degrade a photograph")
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
     sub.add_argument("-o", "--out", type=path, required=True, help="the image file to write, 8-bit RGB")
-    sub.add_argument("--as", dest="names", required=True, metavar="NAMES",
-                     help="one or several joined by +: low, rain, snow, haze, blur (motion or defocus), noise15, noise25, noise50")
+    sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="one or several joined by +: low, rain, snow, "
+                     "haze, blur (motion or defocus), noise15, noise25, noise50; or patchwork")
     sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
@@ -82,7 +89,8 @@ def parser():
     sub = command(bench, "race against the same network in PyTorch, where that is installed (ten minutes)")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--quick", action="store_true", help="a few rows and rounds, in about a minute")
-    sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"), help="cuda: the kernels, and PyTorch on the same GPU (default cpu)")
+    sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"),
+                     help="cuda: the kernels, and PyTorch on the same GPU (default cpu)")
     return top
 
 
@@ -107,70 +115,61 @@ positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 # ---- the commands: each takes the parsed arguments and returns an exit status ----------------------------------------
 
 def train(args):
-    from . import train as job
-    from .restore import format_table
-    options = "suite", "adapter", "steps", "seed", "backend", "images"
-    typed = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    from .evaluation import format_table
+    from .training import train
+    options = {name: getattr(args, name) for name in ("suite", "adapter", "steps", "seed", "backend", "images")
+               if getattr(args, name) is not None}
     if args.images:
-        typed["images"] = str(Path(args.images).resolve())        # the same folder from wherever the run is resumed
-    recipe = job.recipe_for(**typed)
-    out = Path(args.out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
-    if args.resume and args.minutes:
-        raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
-    if args.resume:
-        recipe = job.resumable(out, typed)
-    elif args.minutes:
-        recipe = replace(recipe, steps=job.steps_in(args.minutes, recipe))
-    result = job.train(recipe, out, args.resume)
+        options["images"] = str(Path(args.images).resolve())          # the same folder from wherever the run is resumed
+    result = train(args.out, resume=args.resume, minutes=args.minutes, **options)
     print(format_table(result["rows"]))
-    print(f"held-out photographs, {result['parameters']} parameters, {result['seconds']:.0f} s of training, "
-          f"peak memory {result['peak_memory_mb']} MB and {result['peak_memory_mb_of_data_process']} MB for data; pictures and weights in {out}")
+    print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "
+          "{peak_memory_mb_of_data_process} MB for data; pictures and weights in {folder}".format_map(result))
     return 0
 
 
 def compare(args):
-    from . import compare as job, plots
-    options = {name: getattr(args, name) for name in ("suites", "adapters", "seeds", "steps", "rates") if getattr(args, name) is not None}
+    from . import plots
+    from .lab import comparison
+    options = {name: getattr(args, name) for name in ("suites", "adapters", "seeds", "steps", "rates")
+               if getattr(args, name) is not None}
     quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
-    recipes = job.grid(**quick | options)
+    recipes = comparison.grid(**quick | options)
     try:
-        lines = job.compare(recipes, args.out, args.split, args.jobs)
+        lines = comparison.compare(recipes, args.out, args.split, args.jobs)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
-    for view in job.VIEWS:
-        print(job.format_rows(job.rows(lines, view)))
-    plots.quality(job.rows(lines), Path(args.out) / "cost.png")
+    for view in comparison.VIEWS:
+        print(comparison.format_rows(comparison.rows(lines, view)))
+    plots.quality(comparison.rows(lines), Path(args.out) / "cost.png")
     if len({recipe.steps for recipe in recipes}) > 1:
-        plots.quality(job.rows(lines), Path(args.out) / "steps.png", "steps")
-    plots.strip(job.examples(recipes, args.out, args.split), Path(args.out) / "strip.png")
-    print(f"{job.machine()}; runs, models and pictures in {args.out}")
+        plots.quality(comparison.rows(lines), Path(args.out) / "steps.png", "steps")
+    plots.strip(comparison.examples(recipes, args.out, args.split), Path(args.out) / "strip.png")
+    print(f"{comparison.machine()}; runs, models and pictures in {args.out}")
     return 0
 
 
 def restore(args):
-    from .restore import WEIGHTS, restore_files
+    from .restoration import WEIGHTS, restore_files
     for target in restore_files(args.photos, args.out, args.weights or WEIGHTS):
         print(target)
     return 0
 
 
 def degrade(args):
-    import numpy as np
-
-    from .degrade import compose, parse
-    from .restore import refuse_overwriting
-    from .scenes import Scene, read_image, rgb, write_image
-    names = parse(args.names)
+    from .degradations import degrade
+    from .images import read_image, rgb, write_image
+    from .restoration import refuse_overwriting
     refuse_overwriting(args.photo, args.out)
     pixels, _ = read_image(args.photo)
-    write_image(args.out, compose(Scene(rgb(pixels)), names, np.random.default_rng(args.seed)))
+    write_image(args.out, degrade(rgb(pixels), args.names, args.seed))
     print(args.out)
     return 0
 
 
 def demo(args):
     from . import plots
-    from .restore import demo as run
+    from .restoration import demo as run
     if Path(args.out).suffix.lower() != ".png" or Path(args.out).is_dir():
         raise InputError(f"{args.out}: the demo is a picture, name a .png file")
     plots.demo(*run(), args.out)
@@ -179,7 +178,7 @@ def demo(args):
 
 
 def gradcheck(args):
-    from .gradcheck import report
+    from .cases import report
     start = time.perf_counter()
     rows = report(args.backend, args.seed)
     failed = sum(not row["passed"] for row in rows)
@@ -199,11 +198,10 @@ def bench(args):
     from datetime import date
     from importlib.metadata import version
 
-    from . import bench as benches
-    from .bench import HEADER, format_row
+    from .lab.bench import HEADER, bench, bench_gpu, format_row
     from .ops import backend
-    from .train import machine
-    rows = benches.bench_gpu if args.backend == "cuda" else benches.bench
+    from .runtime import machine
+    rows = bench_gpu if args.backend == "cuda" else bench
     if args.json:
         print(json.dumps(list(rows(args.quick)), indent=1))
         return 0
@@ -237,6 +235,3 @@ def main(argv=None):
         print(f"tinycea: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,17 +3,17 @@
 With `adapter=None, unshuffle=1` this IS NAFNet. Two choices are ours: `unshuffle=2` feeds 2 x 2 pixels as channels and shuffles
 the result back (FFDNet, Zhang et al. 2018: a quarter of the tokens), and an adapter may follow any stage.
 """
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from . import cea
-from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
-from .cea import CEAConfig
-from .errors import InputError
+from . import ablations
+from .ablations import CEAConfig
+from .adapters import FAMILIES, family
 from .ops import cpu
-from .params import Params, copy_into, load, save, under
+from .params import Params, accumulate, under
+from .runtime import InputError
+
 
 @dataclass(frozen=True)
 class NAFNetConfig:
@@ -64,43 +64,6 @@ class NAFNetConfig:
         return self.unshuffle * 2**len(self.encoders)
 
 
-# Names for the command line. The rivals' sizes match CEA's number of parameters within 5 % in the default network, see `compare`.
-ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27)} | {
-    name: NAFNetConfig(adapter=adapter) for name, adapter in {
-        "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
-        "cea-image": CEAConfig(level="image"),
-        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU"),
-        "static": CEAConfig(static="AU", rank=76), "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
-        "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
-
-
-def by_adapter(name):
-    """The network called `name`: one of ADAPTERS, with options of its adapter or of NAFNetConfig as in "cea:rank=16,sca=false".
-
-    slots are joined by +, as in "cea:slots=encoders.0+middle_blks". InputError for an unknown name, option or value.
-    """
-    name, _, options = name.partition(":")
-    if name not in ADAPTERS:
-        raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
-    config = ADAPTERS[name]
-    own, network = ([field.name for field in fields(c)] if c else [] for c in (config.adapter, config))
-    for option in filter(None, options.split(",")):
-        key, _, text = option.partition("=")
-        if key not in own + network or key == "adapter":
-            raise InputError(f"unknown option {option!r} of adapter {name}: choose among {', '.join(own + network)}")
-        value = tuple(text.split("+")) if key == "slots" else _literal(text)
-        config = replace(config, adapter=replace(config.adapter, **{key: value})) if key in own else replace(config, **{key: value})
-    return config
-
-
-def _literal(text):
-    """A number, true or false; any other text is itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 def _conv(name, I, O, k=1, bias=True):
@@ -146,47 +109,6 @@ def init(config, rng, dtype=np.float32):
     return p
 
 
-def load_nafnet_state(mapping, p):
-    """Copy arrays under the official NAFNet names, PyTorch's layout (O,I,kH,kW), into p; its adapters stay as they are.
-
-    Raises InputError naming the first missing, unknown or mis-shaped array; p is then unchanged.
-    """
-    copy_into({name: value for name, value in p.items() if not name.startswith("adapters.")}, mapping, "NAFNet state")
-
-
-def save_model(path, p, config, **metadata):
-    """Write parameters and their configuration to a safetensors file."""
-    save(path, p, config=to_dict(config), **metadata)
-
-
-def load_model(path):
-    """Read a model file -> (params, config). Anything but a whole file of a known configuration raises InputError."""
-    tensors, metadata = load(path)
-    try:
-        config = from_dict(metadata["config"])
-        p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
-    except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
-        raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None
-    copy_into(p, tensors, path)
-    return p, config
-
-
-def to_dict(config):
-    """A NAFNetConfig as JSON takes it; the adapter's dict names its family."""
-    names = {family.config: name for name, family in FAMILIES.items()}
-    adapter = config.adapter and {"family": names[type(config.adapter)]} | asdict(config.adapter)
-    return asdict(config) | {"adapter": adapter}
-
-
-def from_dict(values):
-    """The NAFNetConfig whose `to_dict` went through JSON (lists become tuples again)."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if values["adapter"] is not None:
-        options = dict(values["adapter"])
-        values["adapter"] = FAMILIES[options.pop("family")].config(**options)
-    return NAFNetConfig(**values)
-
-
 # ---- one block -------------------------------------------------------------------------------------------------------
 
 def nafblock(x, p, ops=cpu, keep=True):
@@ -212,18 +134,18 @@ def nafblock(x, p, ops=cpu, keep=True):
 def nafblock_backward(dz, cache, g):
     """dx, and every parameter's gradient added into g: the forward read from the bottom up."""
     c, ops = cache
-    du = _add(g, ops.scaled_conv1x1_backward(dz, c["conv5"]), "conv5.weight", "conv5.bias", "gamma")
+    du = accumulate(g, ops.scaled_conv1x1_backward(dz, c["conv5"]), "conv5.weight", "conv5.bias", "gamma")
     du = ops.simple_gate_backward(du, c["sg2"])
-    dy = dz + _add(g, ops.norm_conv1x1_backward(du, c["conv4"]), "norm2.weight", "norm2.bias", "conv4.weight", "conv4.bias")
+    dy = dz + accumulate(g, ops.norm_conv1x1_backward(du, c["conv4"]), "norm2.weight", "norm2.bias", "conv4.weight", "conv4.bias")
     if "sca.1" in c:
         du, ds, *rest = ops.attended_conv1x1_backward(dy, c["conv3"])
-        _add(g, (du, *rest), "conv3.weight", "conv3.bias", "beta")
-        ds = _add(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
+        accumulate(g, (du, *rest), "conv3.weight", "conv3.bias", "beta")
+        ds = accumulate(g, ops.conv1x1_backward(ds, c["sca.1"]), "sca.1.weight", "sca.1.bias")
         du = du + ops.global_average_pool_backward(ds, c["pool"])
     else:
-        du = _add(g, ops.scaled_conv1x1_backward(dy, c["conv3"]), "conv3.weight", "conv3.bias", "beta")
-    du = _add(g, ops.gated_depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
-    return dy + _add(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
+        du = accumulate(g, ops.scaled_conv1x1_backward(dy, c["conv3"]), "conv3.weight", "conv3.bias", "beta")
+    du = accumulate(g, ops.gated_depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
+    return dy + accumulate(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
 
 
 def _layers(keep):
@@ -236,14 +158,6 @@ def _layers(keep):
             caches[name] = cache
         return y
     return caches, layer
-
-
-def _add(g, gradients, *names):
-    """Add an op's parameter gradients into g under their names, hand its input's gradient on."""
-    dx, *rest = gradients
-    for name, gradient in zip(names, rest):
-        g[name] += gradient
-    return dx
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -278,18 +192,18 @@ def nafnet_backward(dy, cache, g):
     caches, config, ops = cache
     H, W = dy.shape[1:3]
     dx = ops.pixel_shuffle_backward(_pad(dy, config), caches["shuffle"])
-    dy = _add(g, ops.conv3x3_backward(dx, caches["ending"]), "ending.weight", "ending.bias")
+    dy = accumulate(g, ops.conv3x3_backward(dx, caches["ending"]), "ending.weight", "ending.bias")
     dskips = []
     for i in reversed(range(len(config.decoders))):
         dy = _stage_backward(dy, caches[f"decoders.{i}"], g, f"decoders.{i}")
         dskips.append(dy)
         dy = ops.pixel_shuffle_backward(dy, caches[f"ups.{i}.1"])
-        dy = _add(g, ops.conv1x1_backward(dy, caches[f"ups.{i}.0"]), f"ups.{i}.0.weight")
+        dy = accumulate(g, ops.conv1x1_backward(dy, caches[f"ups.{i}.0"]), f"ups.{i}.0.weight")
     dy = _stage_backward(dy, caches["middle_blks"], g, "middle_blks")
     for i in reversed(range(len(config.encoders))):
-        dy = dskips.pop() + _add(g, ops.down2x2_backward(dy, caches[f"downs.{i}"]), f"downs.{i}.weight", f"downs.{i}.bias")
+        dy = dskips.pop() + accumulate(g, ops.down2x2_backward(dy, caches[f"downs.{i}"]), f"downs.{i}.weight", f"downs.{i}.bias")
         dy = _stage_backward(dy, caches[f"encoders.{i}"], g, f"encoders.{i}")
-    dx = dx + _add(g, ops.conv3x3_backward(dy, caches["intro"]), "intro.weight", "intro.bias")
+    dx = dx + accumulate(g, ops.conv3x3_backward(dy, caches["intro"]), "intro.weight", "intro.bias")
     return ops.pixel_unshuffle_backward(dx, caches["unshuffle"])[:, :H, :W]
 
 
@@ -308,9 +222,9 @@ def centered_backward(dy, cache, g):
 
 
 def anatomies(cache):
-    """What each CEA layer of a forward pass (with keep=True) wrote: stage -> its `cea.anatomy`."""
+    """What each CEA layer of a forward pass (with keep=True) wrote: stage -> its `ablations.anatomy`."""
     caches, config, _ = cache
-    return {stage: cea.anatomy(caches[stage][1]) for stage in config.adapted()}
+    return {stage: ablations.anatomy(caches[stage][1]) for stage in config.adapted()}
 
 
 def _pad(image, config):

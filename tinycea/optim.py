@@ -1,4 +1,4 @@
-"""AdamW over the flat buffer, its learning-rate schedule, and clipping by the global norm; see notebooks/05_training_by_hand."""
+"""What AdamW (ops) is fed: where weight decay applies, clipping by the global norm, the learning rate; see notebooks/05_training_by_hand."""
 import math
 
 import numpy as np
@@ -25,16 +25,3 @@ def warmup_cosine(progress, warmup, peak, floor=1e-7):
     if progress < warmup:
         return peak * progress / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
-
-
-def adamw(w, g, m, v, step, lr, decay, betas=(0.9, 0.99), eps=1e-8):
-    """One update of the flat parameters w in place, and of the moments m and v (Loshchilov and Hutter 2019, algorithm 2).
-
-    m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + decay w)
-    step: t, counted from 1. lr, decay: numbers, or arrays like w (such as the decay times `decay_mask`).
-    """
-    b1, b2 = betas
-    m += (1 - b1) * (g - m)
-    v += (1 - b2) * (g * g - v)
-    update = m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + eps)
-    w -= lr * (update + decay * w)

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from .errors import InputError, atomic
+from .runtime import InputError, atomic
 
 VERSION = 1                                   # of the checkpoint format
 
@@ -57,6 +57,14 @@ def under(p, prefix):
     """The part of a mapping below `prefix`, names shortened: under(p, "middle_blks.0")["conv1.weight"]. Views, not copies."""
     prefix += "."
     return {name[len(prefix):]: value for name, value in p.items() if name.startswith(prefix)}
+
+
+def accumulate(g, gradients, *names):
+    """An op's gradients, its input's first: add the others into g under their names, hand the first one on."""
+    dx, *rest = gradients
+    for name, gradient in zip(names, rest):
+        g[name] += gradient.reshape(g[name].shape)
+    return dx
 
 
 def save(path, tensors, **metadata):

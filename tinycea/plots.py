@@ -3,7 +3,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_edt
 
-from .errors import atomic
+from .runtime import atomic
 
 
 def _save(figure, path):
@@ -34,7 +34,7 @@ def curve(rows, path):
 
 
 def before_after(results, path):
-    """One row per result of `restore.held_out`: degraded | restored | clean, with PSNR and SSIM under each."""
+    """One row per result of `evaluation.evaluate`: degraded | restored | clean, with PSNR and SSIM under each."""
     heights = [r["images"][2].shape[0] / r["images"][2].shape[1] for r in results]
     figure = Figure((10.5, 3.5 * sum(heights) + 0.5 * len(results)), layout="constrained")
     for axes, r in zip(figure.subplots(len(results), 3, squeeze=False, height_ratios=heights), results):
@@ -108,7 +108,8 @@ def quality(results, path, against="multiplications"):
     figure = Figure((4.4 * len(suites), 3.8), layout="constrained")
     for axes, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
         for i, label in enumerate(dict.fromkeys(row["label"] for row in results if row["suite"] == suite and row["steps"])):
-            x, y, sd = zip(*[(row[against], row["psnr"], row["sd"] or 0) for row in results if (row["suite"], row["label"]) == (suite, label)])
+            x, y, sd = zip(*[(row[against], row["psnr"], row["sd"] or 0) for row in results
+                             if (row["suite"], row["label"]) == (suite, label)])
             axes.errorbar(x, y, sd, fmt="osD^v<>P*X"[i // 10 % 10] + "-", color=f"C{i % 10}", lw=1, capsize=2, label=label)
         axes.set(title=suite, ylabel="PSNR (dB)", **{"multiplications": {"xlabel": "multiplications per pixel"},
                                                      "steps": {"xlabel": "training steps", "xscale": "log"}}[against])

@@ -1,7 +1,7 @@
 """Three rooms with the same doors: `backend("reference")`, "cpu" and "cuda"; modules take one as their `ops` argument."""
 from importlib import import_module
 
-from ..errors import InputError
+from ..runtime import InputError
 
 BACKENDS = ("cpu", "reference", "cuda")
 

@@ -1,7 +1,8 @@
-"""The arithmetic on a GPU: reference's doors on CuPy arrays. What is not overridden here is reference's own code, which NumPy hands to CuPy.
+"""The arithmetic on a GPU: reference's doors on CuPy arrays.
 
-Sums over tokens are fused with what reads the tokens: raw kernels, one file each under kernels/, with its equation, grid and bytes in
-its head. Plain matrix products are cuBLAS's. Every sum has two stages in a fixed order, so the same seed gives the same bytes.
+What is not overridden here is reference's own code, which NumPy hands to CuPy. Sums over tokens are fused with what reads the
+tokens: raw kernels, one file each under kernels/, with its equation, grid and bytes in its head. Plain matrix products are
+cuBLAS's. Every sum has two stages in a fixed order, so the same seed gives the same bytes.
 """
 import math
 from functools import cache
@@ -10,14 +11,14 @@ from importlib.resources import files
 import cupy as cp
 import numpy as np
 
-from ..errors import InputError
+from ..runtime import InputError
 from . import reference
 from .reference import *
 
 reference._of_room(globals(), "norm_conv1x1", "attended_conv1x1")
 
 TYPES = {"float32": "float", "float64": "double"}
-HALF = {"assembly": (0, 1, 2), "assembly_backward": (0, 2, 3)}                  # arguments that may be stored in float16, all or none
+HALF = {"assembly": (0, 1, 2), "assembly_backward": (0, 2, 3)}                  # arguments that may be float16, all or none
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
@@ -36,11 +37,12 @@ def _kernel(file, name, device):
 
 
 def _launch(kernel, template, grid, block, outputs, *inputs):
-    """Launch `kernel` ("file" or "file.kernel"), with its template arguments after the type: written arrays, then read ones and numbers.
+    """Launch `kernel` ("file" or "file.kernel"), with its template arguments after the type.
 
-    CuPy checks nothing and ignores strides. So the first output's type picks the instance, and everything must be of it; outputs must be
-    contiguous, inputs are made so; an int becomes an int, a float a number of that type. Where HALF allows float16, what is not stored
-    in it is float32. InputError for anything else.
+    outputs: arrays it writes; inputs: arrays it reads, and numbers. CuPy checks nothing and ignores strides. So the first
+    output's type picks the instance, and everything must be of it; outputs must be contiguous, inputs are made so; an int becomes
+    an int, a float a number of that type. Where HALF allows float16, what is not stored in it is float32. InputError for anything
+    else.
     """
     file, name = kernel.split(".") if "." in kernel else (kernel, kernel)
     stored = outputs[0].dtype
@@ -68,7 +70,10 @@ def _launch(kernel, template, grid, block, outputs, *inputs):
 
 
 def _expect(*shaped):
-    """InputError unless each (array, shape) fits: a kernel would read past the end where NumPy complains. `_launch` refuses other things."""
+    """InputError unless each (array, shape) fits: a kernel would read past the end where NumPy complains.
+
+    `_launch` refuses other things.
+    """
     for array, shape in shaped:
         if isinstance(array, cp.ndarray) and array.shape != shape:
             raise InputError(f"an array of shape {array.shape} came where {shape} is expected")
@@ -256,8 +261,8 @@ def _assembly_kernels(C, R, dtype):
 def assembly(x, xhat, A, U):
     """Tokens first, S in shared memory; reference's two products where R is too large for that.
 
-    The tokens may be stored in float16, x, xhat and Y alike, with A and U in float32, and so is all arithmetic: half the bytes to move.
-    (bfloat16 would be one more instance of the kernel, but neither NumPy nor CuPy has that type.)
+    The tokens may be stored in float16, x, xhat and Y alike, with A and U in float32, and so is all arithmetic: half the bytes to
+    move. (bfloat16 would be one more instance of the kernel, but neither NumPy nor CuPy has that type.)
     """
     (B, N, C), R = x.shape, A.shape[1]
     _expect((xhat, x.shape), (A, (B, R, C)), (U, (B, R, C)))
@@ -289,7 +294,7 @@ def assembly_backward(dY, cache):
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 def adamw(w, g, m, v, step, lr, decay, betas=(0.9, 0.99), eps=1e-8):
-    """`optim.adamw` in one pass over memory."""
+    """`reference.adamw` in one pass over memory."""
     b1, b2 = betas
     _expect(*((a, w.shape) for a in (g, m, v)))
     lr, decay = (cp.broadcast_to(cp.asarray(a, w.dtype), w.shape) for a in (lr, decay))

@@ -11,8 +11,7 @@ from types import FunctionType
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..errors import InputError
-from ..optim import adamw                     # an op as well: the GPU has a kernel for it
+from ..runtime import InputError
 
 
 def _of_room(room, *names):
@@ -528,3 +527,18 @@ def psnr_loss_backward(dy, cache):
     error, mse = cache
     dpred = error / mse * (float(dy) * 20 / (math.log(10) * error.size))
     return dpred, -dpred
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+def adamw(w, g, m, v, step, lr, decay, betas=(0.9, 0.99), eps=1e-8):
+    """One update of the flat parameters w in place, and of the moments m and v (Loshchilov and Hutter 2019, algorithm 2).
+
+    m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + decay w)
+    step: t, counted from 1. lr, decay: numbers, or arrays like w (such as the decay times `optim.decay_mask`).
+    """
+    b1, b2 = betas
+    m += (1 - b1) * (g - m)
+    v += (1 - b2) * (g * g - v)
+    update = m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + eps)
+    w -= lr * (update + decay * w)

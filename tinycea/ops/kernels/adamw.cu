@@ -1,5 +1,5 @@
 // One AdamW update of the flat parameters, in place (Loshchilov and Hutter 2019, algorithm 2):
-//   m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - lr (m / c1 / (sqrt(v / c2) + eps) + decay w),  c1 = 1-b1^t, c2 = 1-b2^t
+//   m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  w <- w - lr (m / c1 / (sqrt(v / c2) + eps) + decay w),  ci = 1-bi^t
 //
 //   w, g, m, v, lr, decay (n). Any grid, blocks of 256. Reads 6 n numbers, writes 3 n; 16 n FLOPs
 

@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(THREADS, 2) assembly(H* __restrict__ y, const 
 }
 
 // dS = scale dY U^T, dXhat = dS A, dA = dS^T Xhat, dU = S^T dY; dX is dY.
-// part (B, gridDim.x SHARES, 2, R, C): the shares of dA and dU; the sum over the second axis is a kernel of its own, in a fixed order.
+// part (B, gridDim.x SHARES, 2, R, C): the shares of dA and dU; a kernel of its own sums the second axis, in a fixed order.
 template <typename T, int C, int R, int TOK, typename H = T>
-__global__ void __launch_bounds__(THREADS, 2) assembly_backward(H* __restrict__ dxhat, T* __restrict__ part, const H* __restrict__ dy,
-        const H* __restrict__ xhat, const T* __restrict__ A, const T* __restrict__ U, int n, T scale)
+__global__ void __launch_bounds__(THREADS, 2) assembly_backward(H* __restrict__ dxhat, T* __restrict__ part,
+        const H* __restrict__ dy, const H* __restrict__ xhat, const T* __restrict__ A, const T* __restrict__ U, int n, T scale)
 {
     using W = Warps<C>;
     __shared__ __align__(16) T s[TOK][R];

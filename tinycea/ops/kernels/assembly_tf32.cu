@@ -1,8 +1,8 @@
 // Y = X + S U, S = scale Xhat A^T with scale = 1/sqrt(C R), and its backward, on tensor cores, for float32 and R of 32 or more;
 // S is never written to memory.
 //
-//   x, xhat, y, dy, dxhat (B,n,C), A, U (B,R,C), C and R multiples of 16, n any. Grid (blocks, B), blocks of THREADS: the blocks of
-//   an image take its tiles of TOK tokens in turn.
+//   x, xhat, y, dy, dxhat (B,n,C), A, U (B,R,C), C and R multiples of 16, n any. Grid (blocks, B), blocks of THREADS: the blocks
+//   of an image take its tiles of TOK tokens in turn.
 //   assembly_tf32            reads 2 n C numbers, writes n C; 4 n R C FLOPs, three times that on the tensor cores
 //   assembly_tf32_backward   reads 2 n C, writes n C; 10 n R C FLOPs (S is computed again), likewise three times that
 //
@@ -80,12 +80,12 @@ __device__ inline void put(float* tile, Sum (&sums)[I][J], int first, float scal
         }
 }
 
-// Each warp works for itself, on ROWS of a tile's tokens: its rows of `tiles` hold Xhat, then S, then S U. TOK is a multiple of 64.
+// Each warp works alone, on ROWS of a tile's tokens: its rows of `tiles` hold Xhat, then S, then S U. TOK is a multiple of 64.
 template <typename T, int C, int R, int TOK>              // T is float
 __global__ void __launch_bounds__(THREADS, 2) assembly_tf32(float* __restrict__ y, const float* __restrict__ x,
         const float* __restrict__ xhat, const float* __restrict__ A, const float* __restrict__ U, int n, float scale)
 {
-    constexpr int ROWS = TOK / (THREADS / 32), LD = (C > R ? C : R) + 4;                 // + 4: eight rows in eight groups of banks
+    constexpr int ROWS = TOK / (THREADS / 32), LD = (C > R ? C : R) + 4;                 // + 4: eight rows in eight bank groups
     static_assert(C % 16 == 0 && R % 16 == 0 && ROWS % 16 == 0, "wmma's tiles are 16 by 16");
     __shared__ __align__(32) float tiles[TOK][LD];
     const int lane = threadIdx.x % 32, mine = (int)(threadIdx.x / 32) * ROWS;
@@ -115,12 +115,12 @@ __global__ void __launch_bounds__(THREADS, 2) assembly_tf32(float* __restrict__ 
 }
 
 // dS = scale dY U^T, dXhat = dS A, dA = dS^T Xhat, dU = S^T dY; dX is dY.
-// part (B, gridDim.x, 2, R, C): a block's share of dA and dU; the sum over the second axis is a kernel of its own, in a fixed order.
-// Four warps: `side` 0 has S and dU, 1 has dS and dA, each `half` of it; of dXhat they have 16 tokens and every second column. TOK is 32.
+// part (B, gridDim.x, 2, R, C): a block's share of dA and dU; a kernel of its own sums the second axis, in a fixed order.
+// Four warps: `side` 0 has S and dU, 1 has dS and dA, each `half` of it; of dXhat 16 tokens and every second column. TOK is 32.
 template <typename T, int C, int R, int TOK>              // T is float
 __global__ void __launch_bounds__(THREADS, 2) assembly_tf32_backward(float* __restrict__ dxhat, float* __restrict__ part,
-        const float* __restrict__ dy, const float* __restrict__ xhat, const float* __restrict__ A, const float* __restrict__ U, int n,
-        float scale)
+        const float* __restrict__ dy, const float* __restrict__ xhat, const float* __restrict__ A, const float* __restrict__ U,
+        int n, float scale)
 {
     constexpr int LC = C + 4, LR = R + 4, I = (R / 16 + 1) / 2, J = C / 16;
     static_assert(C % 16 == 0 && R % 16 == 0 && TOK == 32 && THREADS == 128, "two 16 by 16 tiles of tokens, two warps each");
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, 2) assembly_tf32_backward(float* __re
     for (int n0 = blockIdx.x * TOK; n0 < n; n0 += gridDim.x * TOK) {
         const size_t start = image + (size_t)n0 * C;
         #pragma unroll 4
-        for (int i = threadIdx.x; i < TOK * C; i += THREADS) {                          // a thread fills what it read last: no barrier
+        for (int i = threadIdx.x; i < TOK * C; i += THREADS) {                          // a thread fills what it read: no barrier
             rows[0][i / C][i % C] = n0 + i / C < n ? xhat[start + i] : 0.f;
             rows[1][i / C][i % C] = n0 + i / C < n ? dy[start + i] : 0.f;
         }
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 2) assembly_tf32_backward(float* __re
         for (int i = 0; i < I; ++i) {
             const int r = (half + 2 * i) * 16;
             if (r >= R) continue;
-            Sum sums[1][J];                                         // of this tile: tensor cores truncate, so longer sums are float32's
+            Sum sums[1][J];                                         // of a tile: tensor cores truncate, longer sums are float32's
             product<true, false, TOK, J, 1, LR, LC>(sums, &s[side][0][r], rows[1 - side][0], 0);
             #pragma unroll
             for (int j = 0; j < J; ++j)

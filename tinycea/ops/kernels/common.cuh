@@ -17,13 +17,13 @@ template <typename T> __device__ inline T warp_sum(T v)
     return v;
 }
 
-// How the warps of a block share C channels and a tile's tokens: ACROSS warps stand side by side on 32 channels each and take CHUNKS
-// turns; SHARES such rows of warps take every SHARES-th token. A thread keeps its channels, so sums over tokens stay in registers.
+// How a block's warps share C channels and a tile's tokens: ACROSS warps stand side by side on 32 channels each and take CHUNKS
+// turns; SHARES such rows take every SHARES-th token. A thread keeps its channels, so sums over tokens stay in registers.
 template <int C> struct Warps {
     static constexpr int ALL = THREADS / 32, NEEDED = (C + 31) / 32;
     static constexpr int ACROSS = NEEDED < ALL ? NEEDED : ALL, SHARES = ALL / ACROSS, CHUNKS = (NEEDED + ACROSS - 1) / ACROSS;
-    __device__ static int channel(int j) { return ((int)(threadIdx.x / 32) % ACROSS + j * ACROSS) * 32 + (int)(threadIdx.x % 32); }
-    __device__ static int share() { return (int)(threadIdx.x / 32) / ACROSS; }          // SHARES or more: this warp has no tokens
+    __device__ static int channel(int j) { return (int(threadIdx.x / 32) % ACROSS + j * ACROSS) * 32 + int(threadIdx.x % 32); }
+    __device__ static int share() { return int(threadIdx.x / 32) / ACROSS; }            // SHARES or more: this warp has no tokens
 };
 
 // A thread's channels of the R rows of a factor (R,C), into registers.
@@ -35,12 +35,12 @@ template <typename T, int C, int R> __device__ inline void columns(T (*out)[R], 
         for (int r = 0; r < R; ++r) out[j][r] = Warps<C>::channel(j) < C ? factor[r * C + Warps<C>::channel(j)] : T(0);
 }
 
-// out[t][r] = scale sum over c of rows[n0+t][c] factors[r][c], for the TOK tokens of a tile (0 past the n-th), by the whole block.
+// out[t][r] = scale sum over c of rows[n0+t][c] factors[r][c] for the TOK tokens of a tile (0 past the n-th), by the whole block.
 // Ends with a barrier, and begins with one: whoever still reads `out` of the last tile is waited for.
 template <typename T, int C, int R, int TOK, typename H>
 __device__ inline void dots(T (*out)[R], const H* __restrict__ rows, const T* __restrict__ factors, int n0, int n, T scale)
 {
-    constexpr int K = 32, GROUPS = THREADS / TOK, EACH = (R + GROUPS - 1) / GROUPS;      // a thread: one token, EACH of its R sums
+    constexpr int K = 32, GROUPS = THREADS / TOK, EACH = (R + GROUPS - 1) / GROUPS;      // a thread: one token, EACH of R sums
     __shared__ T xs[TOK][K + 1];
     __shared__ __align__(16) T fs[K][R];
     const int t = threadIdx.x % TOK, r0 = threadIdx.x / TOK * EACH;

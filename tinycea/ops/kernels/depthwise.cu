@@ -1,14 +1,15 @@
-// A 3 x 3 cross-correlation of each channel with its own kernel, zero padding 1; with the simple gate after it, and the backward of both:
+// A 3 x 3 cross-correlation of each channel with its own kernel, zero padding 1; the simple gate after it; the backward of both:
 //   f[k] = bias[k] + sum over i,j of x[h+i-1, w+j-1, k] weight[k,i,j],  gated: y[c] = f[c] f[C+c]
 //
-//   x (B,H,W,channels), weight (channels,9), bias (channels). Grid (blocks, channels / 32), blocks (32,8): a lane keeps its channel
-//   and goes through pixels; the nine neighbors come from the cache.
+//   x (B,H,W,channels), weight (channels,9), bias (channels). Grid (blocks, channels / 32), blocks (32,8): a lane keeps its
+//   channel and goes through pixels; the nine neighbors come from the cache.
 //   depthwise                  reads and writes all channels once; 18 FLOPs a number
 //   gated_depthwise            reads 2 C channels, writes C; 19 FLOPs a number read
 //   gated_depthwise_backward   reads 3 C channels, writes 2 C; 38 FLOPs a number of x
 
 // v[3 i + j] = x[h+i-1, w+j-1, c], 0 outside the image.
-template <typename T> __device__ inline void window(T (&v)[9], const T* __restrict__ x, int pixel, int c, int H, int W, int channels)
+template <typename T>
+__device__ inline void window(T (&v)[9], const T* __restrict__ x, int pixel, int c, int H, int W, int channels)
 {
     const int w = pixel % W, h = pixel / W % H;
     #pragma unroll
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(256, 2) depthwise(T* __restrict__ y, const T* 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256, 2) gated_depthwise(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ weight,
-        const T* __restrict__ bias, int pixels, int H, int W, int C)
+__global__ void __launch_bounds__(256, 2) gated_depthwise(T* __restrict__ y, const T* __restrict__ x,
+        const T* __restrict__ weight, const T* __restrict__ bias, int pixels, int H, int W, int C)
 {
     const int c = blockIdx.y * 32 + threadIdx.x;
     if (c >= C) return;
@@ -57,11 +58,12 @@ __global__ void __launch_bounds__(256, 2) gated_depthwise(T* __restrict__ y, con
     }
 }
 
-// df (B,H,W,2C) = (dy b, dy a), with the halves a and b computed again; dx is then `depthwise` of df with the kernels turned around.
+// df (B,H,W,2C) = (dy b, dy a), with the halves a and b computed again; dx is then `depthwise` of df, the kernels turned around.
 // part (gridDim.x, 2, 10, C): each block's share of dweight (9) and of dbias, for either half.
 template <typename T>
-__global__ void __launch_bounds__(256) gated_depthwise_backward(T* __restrict__ df, T* __restrict__ part, const T* __restrict__ dy,
-        const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, int pixels, int H, int W, int C)
+__global__ void __launch_bounds__(256) gated_depthwise_backward(T* __restrict__ df, T* __restrict__ part,
+        const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+        int pixels, int H, int W, int C)
 {
     __shared__ T share[8][33];
     const int c = blockIdx.y * 32 + threadIdx.x;

@@ -1,12 +1,12 @@
 // y = weight (x - mean)/sqrt(var + eps) + bias over the C channels of each of n tokens, and its backward.
 //
-//   x, y, dy, dx (n,C), weight, bias (C), mean, rstd (n). Any grid, blocks of 256: a warp takes a token, then every (8 blocks)-th.
+//   x, y, dy, dx (n,C), weight, bias (C), mean, rstd (n). Any grid, blocks of 256: a warp takes a token, then each (8 blocks)-th.
 //   layernorm            reads n C numbers, writes n C; 8 n C FLOPs
 //   layernorm_backward   reads 2 n C, writes n C; 14 n C FLOPs
 
 template <typename T, int C>
-__global__ void __launch_bounds__(256, 2) layernorm(T* __restrict__ y, T* __restrict__ mean, T* __restrict__ rstd, const T* __restrict__ x,
-        const T* __restrict__ weight, const T* __restrict__ bias, int n, T eps)
+__global__ void __launch_bounds__(256, 2) layernorm(T* __restrict__ y, T* __restrict__ mean, T* __restrict__ rstd,
+        const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, int n, T eps)
 {
     constexpr int V = (C + 31) / 32;                      // channels of a lane: lane, lane + 32, ...
     const int lane = threadIdx.x % 32;

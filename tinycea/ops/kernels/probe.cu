@@ -4,7 +4,7 @@
 //   xhat, dxhat (B,n,C), look (M,C), seen, dseen (B,M,C), lse (B,M): the logarithm of the softmax's denominator.
 //   probe            grid (blocks, B); reads n C numbers; 4 n M C FLOPs and n M exponentials
 //   probe_combine    grid (M, B); joins what the blocks of an image found
-//   probe_backward   grid (blocks, B); reads n C numbers (twice more from the cache), writes n C; 10 n M C FLOPs: P is computed again from lse
+//   probe_backward   grid (blocks, B); reads n C numbers (twice more from the cache), writes n C; 10 n M C FLOPs (P from lse)
 
 #define INFINITE __int_as_float(0x7f800000)               // NVRTC does not know INFINITY
 
@@ -103,10 +103,11 @@ __global__ void __launch_bounds__(THREADS, 2) probe_combine(T* __restrict__ seen
 }
 
 // P = exp(logit - lse), dP = <dseen, xhat>, dlogit = P (dP - center) with center (B,M) = rowsum(dseen seen);
-// dxhat = sum over m of P dseen + dlogit look, dlook = sum over n of dlogit xhat: part (B, gridDim.x SHARES, M, C) holds its shares.
+// dxhat = sum over m of P dseen + dlogit look, dlook = sum over n of dlogit xhat, its shares in part (B, gridDim.x SHARES, M, C).
 template <typename T, int C, int M, int TOK>
-__global__ void __launch_bounds__(THREADS, 2) probe_backward(T* __restrict__ dxhat, T* __restrict__ part, const T* __restrict__ dseen,
-        const T* __restrict__ center, const T* __restrict__ look, const T* __restrict__ xhat, const T* __restrict__ lse, int n)
+__global__ void __launch_bounds__(THREADS, 2) probe_backward(T* __restrict__ dxhat, T* __restrict__ part,
+        const T* __restrict__ dseen, const T* __restrict__ center, const T* __restrict__ look, const T* __restrict__ xhat,
+        const T* __restrict__ lse, int n)
 {
     using W = Warps<C>;
     __shared__ __align__(16) T p[TOK][M];

@@ -1,4 +1,4 @@
-// y = x s, one factor per image and channel (the product of NAFNet's SCA), and its backward in one pass: dx = dy s, ds = sum of dy x.
+// y = x s, one factor per image and channel (the product of NAFNet's SCA); its backward in one pass: dx = dy s, ds = sum of dy x.
 //
 //   x, y, dy, dx (B,n,C), s (B,C). Grid (blocks, C / 32, B), blocks (32,8): a lane keeps its channel and goes through the tokens.
 //   scale            reads n C numbers, writes n C; n C FLOPs

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinycea import feed, train as job
-from tinycea.degrade import suite
-from tinycea.errors import InputError
-from tinycea.nafnet import by_adapter, init, load_model
+from tinycea import feed
+from tinycea import training as job
+from tinycea.evaluation import evaluate, psnr, ssim, table
+from tinycea.evaluation import test_set as tests_of
+from tinycea.nafnet import init
 from tinycea.optim import warmup_cosine
-from tinycea.restore import held_out, quality, table
+from tinycea.restoration import restore_rgb
+from tinycea.runtime import InputError
+from tinycea.zoo import load_model, network
 
 TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
 
@@ -27,9 +30,14 @@ TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One held-out photograph and small validation patches: these tests are about the loop, not the result."""
-    whole = job.held_out
-    monkeypatch.setattr(job, "held_out", lambda entries, *rest: [next(whole(entries, *rest)) for entries in [entries[:1]]])
-    monkeypatch.setattr(job, "held_out_patches", lambda entries, size=16, whole=job.held_out_patches: whole(entries[:1], size))
+    monkeypatch.setattr(job, "test_set", lambda entries, *rest: tests_of(entries[:1], *rest, draws=1)[:1] if not rest else
+                        [(*names, *(image[:16, :16] for image in images)) for *names, images in
+                         ((entry, photo, images) for entry, photo, *images in tests_of(entries[:1], *rest))])
+
+
+def train(recipe, out, **options):
+    """`tinycea.train` by a Recipe."""
+    return job.train(out, **options, **asdict(recipe))
 
 
 def interrupt_at(monkeypatch, step):
@@ -56,7 +64,7 @@ def same_log(a, b):
 
 def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
     for name, recipe in (("a", TINY), ("b", TINY), ("c", replace(TINY, seed=1))):
-        job.train(recipe, tmp_path / name)
+        train(recipe, tmp_path / name)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b and a != c
     same_log(tmp_path / "a", tmp_path / "b")
@@ -64,20 +72,20 @@ def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, monkeypatch, step):
-    job.train(TINY, tmp_path / "whole")
+    train(TINY, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
         interrupt_at(patch, step)
-        job.train(TINY, tmp_path / "cut")
+        train(TINY, tmp_path / "cut")
     assert 0 < len(log(tmp_path / "cut")) < TINY.steps
     assert not (tmp_path / "cut" / "result.json").exists()
     assert job.resumable(tmp_path / "cut", {}) == TINY
-    job.train(TINY, tmp_path / "cut", resume=True)
+    train(TINY, tmp_path / "cut", resume=True)
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     same_log(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
-    job.train(TINY, tmp_path / "whole")
+    train(TINY, tmp_path / "whole")
     monkeypatch.setattr(job, "SAVE_SECONDS", 0)
     steps, whole = [], job.gradient
 
@@ -88,16 +96,16 @@ def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
         return whole(*arguments)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         patch.setattr(job, "gradient", gradient)
-        job.train(TINY, tmp_path / "cut")
+        train(TINY, tmp_path / "cut")
     assert len(log(tmp_path / "cut")) == 3
-    job.train(TINY, tmp_path / "cut", resume=True)
+    train(TINY, tmp_path / "cut", resume=True)
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    scenes, entries = (feed.leaves_of(TINY), feed.photographs_of(TINY)), suite("aio5+patchwork")
-    first = [feed.batch(TINY, scenes, entries, step) for step in range(3)]
-    again = [feed.batch(TINY, scenes, entries, step) for step in (2, 1, 0)][::-1]
+    recipe = replace(TINY, suite="aio5+patchwork")
+    first = [feed.batch(recipe, step) for step in range(3)]
+    again = [feed.batch(recipe, step) for step in (2, 1, 0)][::-1]
     for a, b in zip(first, again):
         np.testing.assert_array_equal(a, b)
     degraded, clean = first[0]
@@ -107,21 +115,21 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_feeds_the_same_bytes(workers):
-    scenes, entries = (feed.leaves_of(TINY), feed.photographs_of(TINY)), suite(TINY.suite)
-    with feed.feed(TINY, 2, workers) as following:
-        fed = [following() for _ in range(2, TINY.steps)]
+    with feed.feed(TINY, 2, workers) as batches:
+        fed = list(batches)
+    assert len(fed) == TINY.steps - 2
     for step, right in enumerate(fed, 2):
-        np.testing.assert_array_equal(right, feed.batch(TINY, scenes, entries, step))
+        np.testing.assert_array_equal(right, feed.batch(TINY, step))
 
 
 def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="no readable image"):
-        job.train(replace(TINY, images=str(tmp_path)), tmp_path / "run")
+        train(replace(TINY, images=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with feed.feed(TINY) as following, pytest.raises(InputError, match="has died"):
+    with feed.feed(TINY) as batches, pytest.raises(InputError, match="has died"):
         multiprocessing.active_children()[0].kill()
-        following()
+        next(batches)
     assert not multiprocessing.active_children()
 
 
@@ -130,10 +138,10 @@ def test_a_worker_leaves_when_its_trainer_is_killed(tmp_path):
     code = """
 import multiprocessing, time
 from tinycea.feed import feed
-from tinycea.train import Recipe
+from tinycea.training import Recipe
 if __name__ == "__main__":
-    with feed(Recipe(scenes=1, batch=2, patch=16)) as following:
-        following()
+    with feed(Recipe(scenes=1, batch=2, patch=16)) as batches:
+        next(batches)
         print(multiprocessing.active_children()[0].pid, flush=True)
         time.sleep(60)
 """
@@ -150,16 +158,16 @@ if __name__ == "__main__":
 
 
 def test_training_lowers_the_loss(tmp_path):
-    job.train(replace(TINY, steps=80, suite="aio3", warmup=5), tmp_path / "run")
+    train(replace(TINY, steps=80, suite="aio3", warmup=5), tmp_path / "run")
     loss = [row[2] for row in log(tmp_path / "run")]
     assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.5
 
 
 def test_the_run_folder_is_complete_and_true(tmp_path):
-    result = job.train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
+    result = train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "log.csv", "model.safetensors", "curve.png", "before_after.png", "routing.png", "result.json"}
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) | {"folder": str(tmp_path / "run")} == result
     assert result["recipe"] == asdict(replace(TINY, adapter="cea-softmax"))
     p, config = load_model(tmp_path / "run" / "model.safetensors")
     assert config.adapter.affinity == "softmax" and p.flat.size == result["parameters"]
@@ -167,20 +175,20 @@ def test_the_run_folder_is_complete_and_true(tmp_path):
 
 def test_diverging_training_stops_with_one_sentence(tmp_path):
     with pytest.raises(InputError, match="diverged at step"), np.errstate(all="ignore"):
-        job.train(replace(TINY, lr=1e30), tmp_path / "run")
+        train(replace(TINY, lr=1e30), tmp_path / "run")
 
 
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
-        job.train(TINY, tmp_path / "run")
+        train(TINY, tmp_path / "run")
     before = (tmp_path / "run" / "state.safetensors").read_bytes()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch, pytest.raises(InputError, match="state.safetensors: cannot be written .No space left"):
         patch.setattr(Path, "write_bytes", full)
-        job.train(TINY, tmp_path / "run", resume=True)
+        train(TINY, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
@@ -188,8 +196,9 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("typed, message", [({"steps": 9}, "steps 7"), ({"suite": "aio3"}, "suite aio5"),
                                             ({"seed": 1}, "seed 0")])
 def test_resume_refuses_another_recipe(tmp_path, monkeypatch, typed, message):
-    Path(tmp_path / "state.safetensors").touch()
-    job.write_json(tmp_path / "config.json", {"recipe": asdict(TINY)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
+        train(TINY, tmp_path)
     with pytest.raises(InputError, match=message):
         job.resumable(tmp_path, typed)
 
@@ -205,24 +214,31 @@ def test_resume_needs_an_interrupted_run(tmp_path):
 def test_resume_refuses_a_damaged_state_and_needs_no_log(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
-        job.train(TINY, tmp_path / "run")
+        train(TINY, tmp_path / "run")
     state, rows = tmp_path / "run" / "state.safetensors", log(tmp_path / "run")
     whole = state.read_bytes()
     state.write_bytes(whole[:-9])
     with pytest.raises(InputError, match="state.safetensors"):
-        job.train(TINY, tmp_path / "run", resume=True)
+        train(TINY, tmp_path / "run", resume=True)
     state.write_bytes(whole)
     (tmp_path / "run" / "log.csv").unlink()
-    job.train(TINY, tmp_path / "run", resume=True)
+    train(TINY, tmp_path / "run", resume=True)
     np.testing.assert_array_equal(log(tmp_path / "run")[:len(rows)], rows)
+
+
+def test_a_state_belongs_to_its_recipes(tmp_path):
+    progress = job.load_progress(tmp_path / "none", [TINY])
+    job.save_progress(tmp_path / "state.safetensors", progress, [TINY])
+    with pytest.raises(InputError, match="belongs to another recipe"):
+        job.load_progress(tmp_path / "state.safetensors", [replace(TINY, seed=5)])
 
 
 def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
-        job.train(replace(TINY, adapter="none"), tmp_path)
-    with pytest.raises(InputError, match="state.safetensors: parameter . has shape"):
-        job.train(TINY, tmp_path, resume=True)
+        train(replace(TINY, adapter="none"), tmp_path)
+    with pytest.raises(InputError, match="started with adapter none"):
+        train(TINY, tmp_path, resume=True)
 
 
 def test_the_schedule_is_a_line_then_half_a_cosine():
@@ -245,15 +261,17 @@ def test_the_table_averages_photographs_then_degradations():
 
 
 def test_before_is_the_degraded_image_and_after_the_restored_one():
-    config = by_adapter("none")
-    result = next(held_out(["noise50"], init(config, np.random.default_rng(0)), config))
+    config = network("none")
+    p = init(config, np.random.default_rng(0))
+    result = next(evaluate(lambda image, entry: restore_rgb(image, p, config), tests_of(("noise50",), draws=1)))
     degraded, restored, clean = result["images"]
-    assert result["before"] == quality(degraded, clean) and result["after"] == quality(restored, clean)
+    for name, image in (("before", degraded), ("after", restored)):
+        assert result[name] == (psnr(image, clean), ssim(image, clean))
     assert result["before"][0] < 16
 
 
 def test_a_run_folder_never_replaces_other_files(tmp_path):
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(InputError, match="already holds"):
-        job.train(TINY, tmp_path)
+        train(TINY, tmp_path)
     assert (tmp_path / "config.json").read_text() == "mine"

@@ -4,15 +4,16 @@ Every degradation is f(image, rng, strength=1.0) with the image (H,W,3) float32 
 nothing it is given. Strength 0 is the identity, 1 is nominal, more is stronger. With the same rng, strength changes how
 strong the very same rain (snow, blur, ...) is. Each raises InputError if the image is not such an image, strength is
 negative or not finite, or rng no numpy.random.Generator. The ranges drawn from are our choice unless a source is given,
-tuned to the PSNRs of CDD-11's degraded images (data/calibration.py).
+tuned to the PSNRs of CDD-11's degraded images (lab/calibration.py).
 """
 from functools import lru_cache, wraps
 
 import numpy as np
 from scipy import ndimage, signal
 
-from .errors import InputError
-from .scenes import smooth_field
+from .images import on_rgb
+from .runtime import InputError
+from .scenes import Scene, smooth_field
 
 
 def degradation(formula):
@@ -194,11 +195,6 @@ SUITES = {
 }
 
 
-def parse(entry):
-    """The names in an entry such as "haze+rain", in the order they are applied. InputError for unknown or repeated ones."""
-    return _ordered(entry.split("+"))
-
-
 def _ordered(names):
     known = list(DEGRADATIONS)
     for name in names:
@@ -240,11 +236,21 @@ def patchwork(scene, rng, names=None, strength=1.0):
     return np.clip(image, 0, 1), mask, names
 
 
-def degrade(scene, entry, rng, strength=1.0):
+def apply(scene, entry, rng, strength=1.0):
     """The degraded image of a scene for one entry of a suite: "patchwork", or a degradation or several joined by "+"."""
     if entry == "patchwork":
         return patchwork(scene, rng, strength=strength)[0]
     return compose(scene, entry.split("+"), rng, strength)
+
+
+def degrade(image: np.ndarray, names: str, seed: int = 0, strength: float = 1.0) -> np.ndarray:
+    """An image degraded by `names`: an entry of a suite, such as "haze+rain" or "patchwork". The same seed gives the same result.
+
+    image: uint8, uint16 or float in [0,1], gray or color, with or without alpha, as `images.on_rgb`; the result is of the
+    same kind. InputError for anything else, and for an unknown or repeated name.
+    """
+    rng = np.random.default_rng(seed)
+    return on_rgb(image, lambda pixels: apply(Scene(pixels), names, rng, strength))
 
 
 def suite(name):
@@ -252,4 +258,4 @@ def suite(name):
     unknown = [part for part in name.split("+") if part not in SUITES]
     if unknown:
         raise InputError(f"unknown suite {unknown[0]!r}; expected some of {', '.join(SUITES)}, joined by +")
-    return list(dict.fromkeys(entry for part in name.split("+") for entry in SUITES[part]))
+    return tuple(dict.fromkeys(entry for part in name.split("+") for entry in SUITES[part]))

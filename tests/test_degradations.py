@@ -5,28 +5,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinycea import degrade as room
-from tinycea.degrade import (
+from tinycea import degradations as room
+from tinycea.degradations import (
     DEGRADATIONS,
     SUITES,
+    apply,
     blur,
     compose,
     defocus,
-    degrade,
     disk,
     haze,
     line,
     low,
     motion,
     noise,
-    parse,
     patchwork,
     rain,
     snow,
     suite,
     trace,
 )
-from tinycea.errors import InputError
+from tinycea.runtime import InputError
 from tinycea.scenes import Scene, dead_leaves, photographs
 
 SCENE = dead_leaves((40, 56), np.random.default_rng(0))
@@ -52,7 +51,7 @@ def gray(value, shape=(64, 80)):
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_seed_gives_the_same_bytes_and_leaves_the_scene_alone(entry, scene):
     before = [None if m is None else m.copy() for m in scene]
-    first, again, other = (degrade(scene, entry, rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (apply(scene, entry, rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert all(a is b is None or np.array_equal(a, b) for a, b in zip(before, scene))
     assert first.dtype == np.float32 and first.shape == scene.image.shape and not np.shares_memory(first, scene.image)
@@ -61,17 +60,17 @@ def test_a_seed_gives_the_same_bytes_and_leaves_the_scene_alone(entry, scene):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_strength_0_is_the_identity_and_more_is_worse(entry):
-    assert np.allclose(degrade(SCENE, entry, rng(), 0), SCENE.image, atol=0 if entry != "patchwork" else 1e-6)
-    same = degrade(Scene(SCENE.image.astype(float)), entry, rng(), 0)
-    assert same.dtype == np.float32 and not np.shares_memory(degrade(SCENE, entry, rng(), 0), SCENE.image)
-    errors = [np.mean([mse(degrade(PHOTO, entry, rng(seed), s), PHOTO.image) for seed in range(4)]) for s in (0.25, 0.5, 1, 1.5)]
+    assert np.allclose(apply(SCENE, entry, rng(), 0), SCENE.image, atol=0 if entry != "patchwork" else 1e-6)
+    same = apply(Scene(SCENE.image.astype(float)), entry, rng(), 0)
+    assert same.dtype == np.float32 and not np.shares_memory(apply(SCENE, entry, rng(), 0), SCENE.image)
+    errors = [np.mean([mse(apply(PHOTO, entry, rng(seed), s), PHOTO.image) for seed in range(4)]) for s in (0.25, 0.5, 1, 1.5)]
     assert np.all(np.diff(errors) > 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3)])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_tiny_images_keep_their_shape(entry, shape):
-    assert degrade(Scene(gray(0.4, shape)), entry, rng()).shape == (*shape, 3)
+    assert apply(Scene(gray(0.4, shape)), entry, rng()).shape == (*shape, 3)
 
 
 BAD_IMAGES = [None, np.zeros((4, 4), np.float32), np.zeros((4, 4, 4), np.float32), np.zeros((4, 4, 3), np.uint8),
@@ -206,21 +205,21 @@ def test_a_point_blurs_in_place():
 
 @pytest.mark.parametrize("typed", ["haze+rain+low", "rain+low+haze", "low+rain+haze"])
 def test_the_order_typed_does_not_matter(typed):
-    assert parse(typed) == ["low", "rain", "haze"]
+    assert room._ordered(typed.split("+")) == ["low", "rain", "haze"]
     draw = rng(6)
     image = haze(rain(low(SCENE.image, draw, illumination=SCENE.illumination), draw), draw, depth=SCENE.depth)
-    assert np.array_equal(degrade(SCENE, typed, rng(6)), image)
+    assert np.array_equal(apply(SCENE, typed, rng(6)), image)
     assert np.array_equal(compose(SCENE, typed.split("+"), rng(6)), image)
 
 
 def test_light_comes_before_weather_before_the_lens_before_the_sensor():
-    assert parse("noise15+blur+haze+snow+rain+low") == ["low", "rain", "snow", "haze", "blur", "noise15"]
+    assert room._ordered("noise15+blur+haze+snow+rain+low".split("+")) == ["low", "rain", "snow", "haze", "blur", "noise15"]
 
 
 @pytest.mark.parametrize("entry", ["fog", "", "low+", "low+patchwork", "Haze"])
 def test_unknown_names_are_refused_with_the_known_ones(entry):
     with pytest.raises(InputError, match="unknown degradation.*low, rain, snow, haze"):
-        degrade(SCENE, entry, rng())
+        apply(SCENE, entry, rng())
 
 
 def test_repeated_names_are_refused():
@@ -254,7 +253,7 @@ def test_a_patchwork_draws_two_or_three_and_says_which():
     assert {len(names) for names in drawn} == {2, 3} and all(len(set(names)) == len(names) for names in drawn)
     assert {name for names in drawn for name in names} == {"noise25", "rain", "snow", "blur"}
     image, mask, names = patchwork(SCENE, rng(5))
-    assert mask.shape[2] == len(names) and np.array_equal(image, degrade(SCENE, "patchwork", rng(5)))
+    assert mask.shape[2] == len(names) and np.array_equal(image, apply(SCENE, "patchwork", rng(5)))
 
 
 # Suites
@@ -286,7 +285,7 @@ def test_the_calibration_table_holds_cdd11():
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row["entry"])
 def test_strengths_are_those_of_cdd11_and_of_the_table(row):
-    psnr = np.mean([-10 * np.log10(mse(degrade(Scene(image), row["entry"], rng(seed)), image))
+    psnr = np.mean([-10 * np.log10(mse(apply(Scene(image), row["entry"], rng(seed)), image))
                     for image in TEST for seed in range(6)])
     assert abs(psnr - float(row["test_dB"])) < 0.1                                # the table is this code's, seed for seed
     assert not row["cdd11_dB"] or abs(psnr - float(row["cdd11_dB"])) < 3

@@ -1,6 +1,6 @@
-"""What the CEA layers of every variant in a comparison add to their tokens: its rank, how it varies over the image, whether it tells regions apart.
+"""What each variant's CEA layers add to their tokens: its rank, how it varies over the image, whether it tells regions apart.
 
-    python data/ranks.py runs/ablation > data/results/ablation/ranks.txt
+    python -m tinycea.lab.ranks runs/ablation > data/results/ablation/ranks.txt
 
 Reads runs.jsonl and models/ of `tinycea compare`, aio5 and patchwork, and the validation photographs. A minute on two cores.
 """
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from questions import accuracy, regions
-from tinycea import compare
-from tinycea.nafnet import anatomies, centered, load_model
-from tinycea.train import Recipe, machine
+from ..degradations import suite
+from ..evaluation import test_set
+from ..nafnet import anatomies, centered
+from ..runtime import machine
+from ..training import Recipe
+from ..zoo import load_model
+from .comparison import finished, model_path
+from .questions import accuracy, regions
 
 SUITES = ("aio5", "patchwork")
 
@@ -20,16 +24,20 @@ SUITES = ("aio5", "patchwork")
 def variants(folder):
     """{adapter: {suite: its trained networks}} of the CEA variants, 1000 steps, in the order of runs.jsonl."""
     found = {}
-    for line in compare.finished(folder):
+    for line in finished(folder):
         if "parameters" in line and line["recipe"]["adapter"].startswith("cea") and line["recipe"]["steps"] == 1000:
             recipe = Recipe(**line["recipe"])
-            network = load_model(Path(folder) / "models" / f"{compare.name([recipe])}.safetensors")
+            network = load_model(model_path(recipe, Path(folder)))
             found.setdefault(recipe.adapter, {}).setdefault(recipe.suite, {})[recipe.seed] = network
-    return {adapter: {suite: list(networks[suite].values()) for suite in SUITES} for adapter, networks in found.items() if set(SUITES) <= set(networks)}
+    return {adapter: {name: list(networks[name].values()) for name in SUITES}
+            for adapter, networks in found.items() if set(SUITES) <= set(networks)}
 
 
 def spread(layer):
-    """Effective rank of what a layer added, Y - X = S U (B,N,C), and the share of its energy left without its mean over the image: two (B,)."""
+    """Effective rank of what a layer added, Y - X = S U (B,N,C), and how much that varies over the image: two (B,).
+
+    The latter is the share of its energy left without its mean over the image.
+    """
     added = np.float64(layer["S"]) @ layer["U"]
     energy = np.maximum(np.linalg.eigvalsh(added.swapaxes(1, 2) @ added), 0) + 1e-30
     share = energy / energy.sum(1, keepdims=True)
@@ -39,19 +47,20 @@ def spread(layer):
 
 if __name__ == "__main__":
     folder = sys.argv[1]
-    print(f"python data/ranks.py {folder}; {machine()}\n"
-          "rank: effective rank (exponential of the entropy of the energies) of what a layer adds to the tokens of one image, mean over layers, images and seeds\n"
+    print(f"python -m tinycea.lab.ranks {folder}; {machine()}\n"
+          "rank: effective rank (exponential of the entropy of the energies) of what a layer adds to the tokens of one image, "
+          "mean over layers, images and seeds\n"
           "varies: share of its energy that is left when its mean over the image is taken away\n"
           "regions: accuracy of a linear classifier of three regions from the affinities of the last layer, chance 0.33\n")
-    images = {suite: [image for _, _, image, _ in compare.degraded(suite, "validation", "crops")] for suite in SUITES}
+    images = {name: [image for _, _, image, _ in test_set(suite(name), "validation", "crops")] for name in SUITES}
     patches, masks = zip(*regions("validation"))
     adapters = variants(folder)
     width = max(map(len, adapters))
-    print(f"{'':{width}s}  " + "".join(f"{suite + ' rank':>15s} varies" for suite in SUITES) + "  regions  seeds")
+    print(f"{'':{width}s}  " + "".join(f"{name + ' rank':>15s} varies" for name in SUITES) + "  regions  seeds")
     for adapter, networks in adapters.items():
         line = f"{adapter:{width}s}  "
-        for suite in SUITES:
-            layers = [layer for p, config in networks[suite] for image in images[suite]
+        for name in SUITES:
+            layers = [layer for p, config in networks[name] for image in images[name]
                       for layer in anatomies(centered(image[None], p, config)[1]).values()]
             rank, varying = np.mean([spread(layer) for layer in layers], (0, 2))
             line += f"{rank:15.2f} {varying:6.2f}"

@@ -1,4 +1,4 @@
-"""The same network in PyTorch, under the same parameter names: what `bench` races against and the tests compare with."""
+"""The twin: the same network in PyTorch under the same parameter names, which `bench` races against and tests compare with."""
 import torch
 from torch import nn
 
@@ -19,7 +19,8 @@ class LayerNorm2d(nn.Module):
 class NAFBlock(nn.Module):
     def __init__(self, C, sca=True):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C), nn.Conv2d(C, C, 1)
+        self.conv1, self.conv2 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C)
+        self.conv3 = nn.Conv2d(C, C, 1)
         self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1)) if sca else None
         self.conv4, self.conv5 = nn.Conv2d(C, 2 * C, 1), nn.Conv2d(C, C, 1)
         self.norm1, self.norm2 = LayerNorm2d(C), LayerNorm2d(C)
@@ -67,8 +68,9 @@ class NAFNet(nn.Module):
         self.unshuffle, self.multiple = config.unshuffle, config.multiple()
         self.adapters = nn.ModuleDict({stage.replace(".", "/"): module for stage, module in adapters.items()})
         self.intro, self.ending = nn.Conv2d(image, width, 3, padding=1), nn.Conv2d(width, image, 3, padding=1)
-        stages = {name: nn.Sequential(*(NAFBlock(C, config.sca) for _ in range(blocks))) for name, (C, blocks) in config.stages().items()}
-        self.encoders, self.decoders = (nn.ModuleList(stages[f"{side}.{i}"] for i in range(levels)) for side in ("encoders", "decoders"))
+        stages = {name: nn.Sequential(*(NAFBlock(C, config.sca) for _ in range(n))) for name, (C, n) in config.stages().items()}
+        self.encoders = nn.ModuleList(stages[f"encoders.{i}"] for i in range(levels))
+        self.decoders = nn.ModuleList(stages[f"decoders.{i}"] for i in range(levels))
         self.middle_blks = stages["middle_blks"]
         self.downs = nn.ModuleList(nn.Conv2d(width * 2**i, width * 2**(i + 1), 2, 2) for i in range(levels))
         widths = [width * 2**i for i in reversed(range(levels))]

@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from tinycea import cli, compare, train
-from tinycea.errors import InputError
-from tinycea.nafnet import ADAPTERS, NAFNetConfig, by_adapter, load_model, shapes
+from tinycea import cli, training
+from tinycea.lab import comparison as compare
+from tinycea.nafnet import NAFNetConfig, shapes
+from tinycea.runtime import InputError
+from tinycea.zoo import ADAPTERS, load_model, network
 
 RECIPES = [replace(recipe, scenes=2, batch=2, patch=16)
            for recipe in compare.grid(["patchwork"], ["wider", "cea"], seeds=1, steps=[7])]
@@ -21,33 +23,35 @@ RECIPES = [replace(recipe, scenes=2, batch=2, patch=16)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Three crops instead of all images, where this process tests."""
-    few = compare.degraded("patchwork", "test", "crops")[:3]
-    monkeypatch.setattr(compare, "degraded", lambda *which: few)
+    few = compare.test_set(("patchwork",), "test", "crops")[:3]
+    monkeypatch.setattr(compare, "test_set", lambda *which: few)
 
 
-def cell(folder, recipes=RECIPES, **settings):
+def cell(folder, recipes=RECIPES):
     """The lines of one cell, trained in this process."""
     compare.make_folder(folder / "models")
-    return [message for message in compare.train_cell(recipes, folder, "test", **settings) if isinstance(message, dict)]
+    while compare.train_slice(recipes, folder) < recipes[0].steps:
+        pass
+    return [compare.test_model(recipe, folder, "test") for recipe in recipes]
 
 
 def weights(folder, recipe):
-    return load_model(folder / "models" / f"{compare.name([recipe])}.safetensors")[0].flat.tobytes()
+    return load_model(compare.model_path(recipe, folder))[0].flat.tobytes()
 
 
 def test_a_run_of_the_comparison_is_a_run_of_train(tmp_path, monkeypatch):
     lines = cell(tmp_path)
-    monkeypatch.setattr(train, "held_out", lambda entries, *rest: [])
-    monkeypatch.setattr(train, "finish", lambda recipe, config, p, *rest: p.flat.tobytes())
+    monkeypatch.setattr(training, "finish", lambda recipe, p, *rest: p.flat.tobytes())
     for recipe, line in zip(RECIPES, lines):
         assert line["recipe"] == asdict(recipe) and line["milliseconds_per_step"] > 0
-        assert train.train(recipe, tmp_path / recipe.adapter) == weights(tmp_path, recipe)
+        assert training.train(tmp_path / recipe.adapter, **asdict(recipe)) == weights(tmp_path, recipe)
 
 
-def test_a_stopped_cell_goes_on_where_it_was(tmp_path):
+def test_a_cell_goes_on_where_its_last_slice_ended(tmp_path, monkeypatch):
     whole = cell(tmp_path / "whole")
-    asked = iter([False, False, False, True, True])
-    assert cell(tmp_path / "cut", stopped=lambda: next(asked)) == []
+    monkeypatch.setattr(compare, "SLICE_SECONDS", 0)
+    compare.make_folder(tmp_path / "cut" / "models")
+    assert compare.train_slice(RECIPES, tmp_path / "cut") == 1
     assert [file.suffixes for file in (tmp_path / "cut" / "models").iterdir()] == [[".state", ".safetensors"]]
     lines = cell(tmp_path / "cut")
     assert [line["psnr"] for line in lines] == [line["psnr"] for line in whole]
@@ -61,23 +65,23 @@ def test_cells_share_their_batches_and_stay_small():
     assert sorted(map(str, sum(found, []))) == sorted(map(str, recipes))
     for members in found:
         assert len({replace(recipe, adapter="", adapter_lr=0) for recipe in members}) == 1
-        assert len(members) * members[0].steps <= compare.TOGETHER
+        assert len(members) * members[0].steps <= compare.CELL_STEPS
     assert len(found) == 2 * 2 * (1 + 3)
 
 
 def test_rates_are_the_tuned_ones_unless_typed():
-    assert [recipe.adapter_lr for recipe in compare.grid(["aio5"], ["prompt:hidden=7"], 1)] == [train.ADAPTER_LR["prompt"]]
+    assert [recipe.adapter_lr for recipe in compare.grid(["aio5"], ["prompt:hidden=7"], 1)] == [training.ADAPTER_LR["prompt"]]
     assert [recipe.adapter_lr for recipe in compare.grid(["aio5"], ["cea"], 1, rates=[0.5, 2])] == [0.5, 2]
 
 
 @pytest.mark.parametrize("sca", ["", ":sca=false"])
 def test_headline_networks_are_matched_in_parameters(sca):
-    sizes = {name: sum(map(math.prod, shapes(by_adapter(name + sca)).values())) for name in compare.HEADLINE}
+    sizes = {name: sum(map(math.prod, shapes(network(name + sca)).values())) for name in compare.HEADLINE}
     assert all(abs(n / sizes["cea"] - 1) < 0.05 for n in sizes.values()), sizes
 
 
 def test_every_preset_has_a_rate():
-    assert set(train.ADAPTER_LR) == set(ADAPTERS)
+    assert set(training.ADAPTER_LR) == set(ADAPTERS)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "-m", "tinycea.cli", *COMMAND, "--steps", "100", "--split", "validation", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tinycea", *COMMAND, "--steps", "100", "--split", "validation", "--out", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(12)
     running.send_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
-"""tinycea against the same network in PyTorch (`rival`): time, peak memory, growth with the image, cold start.
+"""tinycea against its twin, the same network in PyTorch: time, peak memory, growth with the image, cold start.
 
 Each side lives in a process of its own and both are run in turn, so that a slow moment of the machine strikes both; what is
-compared is first shown to give the same outputs and gradients. tinycea computes on one thread; PyTorch gets one thread, then all cores.
+compared is first shown to give the same outputs and gradients. tinycea computes on one thread; PyTorch gets one thread, then all
+cores.
 """
 import importlib.util
 import multiprocessing
@@ -15,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from tqdm import tqdm
 
-from . import cea
-from .errors import InputError
-from .nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
-from .ops import backend, cpu
-from .optim import clip_by_norm
-from .params import Params, under
-from .train import gradient, on_device, peak_memory
+from .. import cea
+from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
+from ..ops import backend, cpu
+from ..optim import clip_by_norm
+from ..params import Params, under
+from ..runtime import InputError, peak_memory
+from ..training import gradient, on_device
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
 JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
@@ -30,7 +31,7 @@ JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for si
 PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
 GROWTH = [64, 128, 256, 512, 1024]
 FULL, QUICK = (JOBS, PEAKS, GROWTH), ([JOBS[3], JOBS[6], JOBS[7], JOBS[9]], PEAKS[:1], GROWTH[:3])
-GPU_JOBS = [("CEA forward+backward", size) for size in (*LAYERS, (2**20, 128, 16))] + [("training step", (8, 48)), ("training step", (32, 128))]
+GPU_JOBS = [*JOBS[3:6], ("CEA forward+backward", (2**20, 128, 16)), JOBS[7], ("training step", (32, 128))]
 KERNELS = 2**20, 128, 16                      # (N,C,R) of the kernels' rows
 TOLERANCE = 1e-3                              # largest difference over largest value: float32 through a whole network and back
 TURN = 0.05                                   # seconds that a side runs before it is the other's turn
@@ -39,12 +40,12 @@ LR, DECAY, CLIP = 1e-4, 1e-4, 1.0
 
 # ---- the two sides: (kind, size) -> a function that runs the job once ------------------------------------
 
-def material(kind, size):
-    """Configuration, parameters, input and target (or upstream gradient) of a job: the same for both sides, (B,H,W,C)."""
+def job_data(kind, size):
+    """A job's configuration (CEA: heads), parameters, input, target (or upstream gradient), (B,H,W,C), for both sides alike."""
     rng = np.random.default_rng(0)
     if kind.startswith("CEA"):
         N, C, R = size
-        config, shape = cea.CEAConfig(rank=R), (1, int(N**0.5), int(N**0.5), C)
+        config, shape = 4, (1, int(N**0.5), int(N**0.5), C)
         p = Params(cea.shapes(C, config))
         cea.init(p, rng)
         p["W_U"] = rng.normal(0, C**-0.5, p["W_U"].shape)                       # zero at initialization
@@ -63,7 +64,7 @@ def material(kind, size):
 def ours(kind, size, room=cpu):
     """The job in tinycea on a backend; it returns the arrays to compare."""
     cpu.keep_memory()
-    config, p, *images = material(kind, size)
+    config, p, *images = job_data(kind, size)
     p, x, target = on_device(p, room), *map(room.to_device, images)
     g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
 
@@ -89,18 +90,19 @@ def theirs(kind, size, layout, threads, device="cpu", compiled=False):
     """The job in PyTorch, eager or by torch.compile, and a function that makes arrays like `ours` of what it returned."""
     import torch
 
-    from . import rival
+    from . import twin
     torch.set_num_threads(threads)
     layout = getattr(torch, {"NCHW": "contiguous_format"}.get(layout, layout))
-    config, p, *arrays = material(kind, size)
+    config, p, *arrays = job_data(kind, size)
     if kind.startswith("CEA"):
-        net = rival.CEA(p, config.heads)
+        net = twin.CEA(p, config)
     elif kind.startswith("NAFBlock"):
-        net = rival.NAFBlock(size[-1])
+        net = twin.NAFBlock(size[-1])
     else:
-        net = rival.NAFNet(config, {stage: rival.CEA(under(p, f"adapters.{stage}"), config.adapter.heads) for stage in config.adapted()})
+        heads = config.adapter.heads
+        net = twin.NAFNet(config, {stage: twin.CEA(under(p, f"adapters.{stage}"), heads) for stage in config.adapted()})
     net = net.to(device, memory_format=layout)
-    parameters = rival.named(net)
+    parameters = twin.named(net)
     with torch.no_grad():
         for name, value in p.items():
             parameters[name].copy_(torch.as_tensor(value))
@@ -144,7 +146,8 @@ def serve(connection, layout=None, threads=1, device="cpu", compiled=False):
     while True:
         task, *job = connection.recv()
         if task == "prepare":
-            run, answers = theirs(*job, layout, threads, device, compiled) if layout else (ours(*job, room), lambda arrays: [*map(room.to_host, arrays)])
+            run, answers = (theirs(*job, layout, threads, device, compiled) if layout
+                            else (ours(*job, room), lambda arrays: [*map(room.to_host, arrays)]))
             connection.send(answers(run()))
         elif task == "time":
             connection.send(seconds_of(run, wait))
@@ -181,7 +184,7 @@ def seconds_of(run, wait):
 
 
 @contextmanager
-def side(*settings):
+def contender(*settings):
     """A process that serves; within: ask(task, *job), which returns its answer. InputError when it dies."""
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
@@ -225,15 +228,16 @@ def _alike(a, b):
 
 def row(name, mine, other, rival, unit):
     """Medians, their ratio, and the quartiles of the ratios of single rounds; the rival's are None where there is none."""
+    ours = float(np.median(mine))
     theirs = ratio = spread = None
     if other is not None:
         theirs = float(np.median(other))
-        ratio, spread = float(np.median(mine)) / theirs, np.quantile(np.divide(mine, other), (0.25, 0.75)).tolist()
-    return {"name": name, f"ours_{unit}": float(np.median(mine)), f"theirs_{unit}": theirs, "ratio": ratio, "spread": spread, "rival": rival}
+        ratio, spread = ours / theirs, np.quantile(np.divide(mine, other), (0.25, 0.75)).tolist()
+    return {"name": name, f"ours_{unit}": ours, f"theirs_{unit}": theirs, "ratio": ratio, "spread": spread, "rival": rival}
 
 
 def fastest(values, threads):
-    """PyTorch's side with the smallest median on so many threads, as a key of `values` (None without PyTorch), and its name in a row."""
+    """PyTorch's side of smallest median on so many threads: its key in `values` (None without PyTorch), and its name in a row."""
     best = min(((layout, n) for layout, n in values if layout != "tinycea" and n == threads),
                key=lambda side: np.median(values[side]), default=None)
     return best, f"PyTorch {best[0]}, {threads} thread{'s' * (threads > 1)}" if best else "PyTorch is not installed"
@@ -256,7 +260,7 @@ def bench(quick=False):
     with tqdm(total=len(jobs) + len(peaks) + 2 * len(growth) + 3, desc="bench", leave=False, disable=None) as bar:
         settings = {("tinycea", 1): ()} | {(layout, n): (layout, n) for n in threads for layout in layouts}
         with ExitStack() as stack:
-            asks = {name: stack.enter_context(side(*arguments)) for name, arguments in settings.items()}
+            asks = {name: stack.enter_context(contender(*arguments)) for name, arguments in settings.items()}
             for kind, size in jobs:
                 bar.set_postfix_str(label(kind, size))
                 seconds = race(asks, kind, size, 3 if quick else 21)
@@ -264,9 +268,9 @@ def bench(quick=False):
                     best, rival = fastest(seconds, n)
                     yield row(label(kind, size), seconds["tinycea", 1], seconds.get(best), rival, "s")
                 bar.update()
-            yield from grown(asks, growth, 3 if quick else 5, bar)
+            yield from growth_rows(asks, growth, 3 if quick else 5, bar)
         for kind, size in peaks:
-            memory = {name: [peak("peak memory", kind, size, 3, *arguments)] for name, arguments in settings.items() if name[1] == 1}
+            memory = {name: [peak("peak memory", kind, size, 3, *setting)] for name, setting in settings.items() if name[1] == 1}
             best, rival = fastest(memory, 1)
             yield row(f"peak memory, {label(kind, size)}", memory["tinycea", 1], memory.get(best), rival, "mb")
             bar.update()
@@ -274,8 +278,11 @@ def bench(quick=False):
 
 
 def bench_gpu(quick=False):
-    """Yield the rows of the cuda backend: bytes a second of every op against a copy on the device, then CEA and the training step,
-    time and memory, against PyTorch on the same GPU, eager and compiled (where it is installed and sees the GPU)."""
+    """Yield the rows of the cuda backend: bytes a second of every op, then time and memory of CEA and the training step.
+
+    The ops are held against a copy on the device; the rest against PyTorch on the same GPU, eager and compiled (where it is
+    installed and sees the GPU).
+    """
     room = backend("cuda")
     rounds = 3 if quick else 21
     N, C, R = KERNELS[0] // (8 if quick else 1), *KERNELS[1:]
@@ -289,7 +296,8 @@ def bench_gpu(quick=False):
         settings |= {(name, 1): ("channels_last", 1, "cuda", name == "compiled") for name in ("eager", "compiled")}
     for kind, size in GPU_JOBS[4:5] if quick else GPU_JOBS:
         with ExitStack() as stack:
-            seconds = race({name: stack.enter_context(side(*arguments)) for name, arguments in settings.items()}, kind, size, rounds)
+            asks = {name: stack.enter_context(contender(*arguments)) for name, arguments in settings.items()}
+            seconds = race(asks, kind, size, rounds)
         memory = {name: [peak("peak memory", kind, size, 3, *arguments)] for name, arguments in settings.items()}
         for name in list(settings)[1:] or [None]:
             rival = f"PyTorch {name[0]}" if name else "PyTorch is not installed, or sees no GPU"
@@ -297,14 +305,14 @@ def bench_gpu(quick=False):
             yield row(f"GPU memory, {label(kind, size)}", memory["tinycea", 1], memory.get(name), rival, "mb")
 
 
-def floors(N, C, R, heads=4):
-    """GPU kernel -> how many numbers it must at least read and write, and how many FLOPs it does: the heads of ops/kernels, in figures."""
+def least_work(N, C, R, heads=4):
+    """GPU kernel -> how many numbers it must at least read and write, and its FLOPs: the heads of ops/kernels, in figures."""
     M = heads * R
-    return {"layernorm": (2 * N * C, 8 * N * C), "layernorm_backward": (3 * N * C, 14 * N * C),
+    return {"adamw": (9 * N, 16 * N), "layernorm": (2 * N * C, 8 * N * C), "layernorm_backward": (3 * N * C, 14 * N * C),
             "probe": (N * C, 4 * N * M * C), "probe_backward": (2 * N * C, 10 * N * M * C),
             "assembly": (3 * N * C, 4 * N * R * C), "assembly_backward": (3 * N * C, 10 * N * R * C),
-            "depthwise": (2 * N * C, 18 * N * C), "gated_depthwise": (3 * N * C, 38 * N * C), "gated_depthwise_backward": (5 * N * C, 76 * N * C),
-            "scale": (2 * N * C, N * C), "scale_backward": (3 * N * C, 3 * N * C), "adamw": (9 * N, 16 * N)}
+            "depthwise": (2 * N * C, 18 * N * C), "scale": (2 * N * C, N * C), "scale_backward": (3 * N * C, 3 * N * C),
+            "gated_depthwise": (3 * N * C, 38 * N * C), "gated_depthwise_backward": (5 * N * C, 76 * N * C)}
 
 
 def kernels(room, N, C, R):
@@ -321,7 +329,7 @@ def kernels(room, N, C, R):
     def pair(name, kernel, *arguments):
         y, cache = getattr(room, name)(*arguments)
         dy, backward = room.to_device(np.ones(y.shape, np.float32)), getattr(room, f"{name}_backward")
-        least = floors(N, y.shape[-1], R)
+        least = least_work(N, y.shape[-1], R)
         yield name, lambda: getattr(room, name)(*arguments), least[kernel][0]
         yield f"{name}_backward", lambda: backward(dy, cache), least[f"{kernel}_backward"][0]
     yield from pair("layernorm", "layernorm", tokens, n(C), n(C))
@@ -331,12 +339,12 @@ def kernels(room, N, C, R):
     yield from pair("assembly", "assembly", tokens, tokens, n(1, R, C), n(1, R, C))
     flat = [n(N * C // 8) for _ in range(4)]
     flat[3] = abs(flat[3])
-    yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), floors(flat[0].size, C, R)["adamw"][0]
+    yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), least_work(flat[0].size, C, R)["adamw"][0]
 
 
 def peak(what, kind, size, runs, *settings):
     """MB at the peak of a process of its own that ran the job a few times."""
-    with side(*settings) as ask:
+    with contender(*settings) as ask:
         ask("prepare", kind, size)
         for _ in range(runs - 1):
             ask("time")
@@ -348,8 +356,8 @@ def exponent(sizes, values):
     return np.polyfit(2 * np.log(sizes), np.log(values), 1)[0]
 
 
-def grown(asks, sizes, rounds, bar):
-    """Exponents of time and of the arrays' memory over the number of pixels, of one image; PyTorch's time at its faster layout."""
+def growth_rows(asks, sizes, rounds, bar):
+    """Exponents of time and of the arrays' memory over the pixels of one image; PyTorch's time at its faster layout."""
     asks = {side: ask for side, ask in asks.items() if side[1] == 1}
     for kind in ("inference", "training step"):
         seconds, megabytes = [], []
@@ -376,7 +384,7 @@ def cold_start(torch, rounds, bar):
     for name in list(commands)[1:]:
         yield row("cold start, import tinycea.nafnet", seconds["tinycea"], seconds[name], f"import {name}", "s")
     bar.update(2)
-    yield row("cold start, tinycea gradcheck", [process_seconds(["-m", "tinycea.cli", "gradcheck"])], None, "none", "s")
+    yield row("cold start, tinycea gradcheck", [process_seconds(["-m", "tinycea", "gradcheck"])], None, "none", "s")
     bar.update()
 
 
@@ -390,7 +398,7 @@ def format_row(r):
     """One line of the table."""
     unit = next(key[5:] for key in r if key.startswith("ours_"))
     factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "gb": (1, "{:.4g} GB/s"), "exponent": (1, "{:.2f}")}[unit]
-    mine, other = (text.format(factor * r[f"{side}_{unit}"]) if r[f"{side}_{unit}"] is not None else "" for side in ("ours", "theirs"))
+    mine, other = ("" if x is None else text.format(factor * x) for x in (r[f"ours_{unit}"], r[f"theirs_{unit}"]))
     ratio, spread = (f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["spread"])) if other else ("", "")
     if len(set(r["spread"] or [0])) == 1:
         spread = ""

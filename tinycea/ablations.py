@@ -1,0 +1,149 @@
+"""CEA's switches for ablation, composed of the same ops as `cea.cea`, which runs where none is set."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import cea
+from .ops import cpu
+from .params import accumulate
+from .runtime import InputError
+
+
+@dataclass(frozen=True)
+class CEAConfig:
+    """The layer's sizes and its switches; the defaults are the method.
+
+    rank R, heads h, probe_channels D (None: D = C).
+    affinity: "signed" | "softmax" | "topk" (softmax over the `topk` largest affinities of a token).
+    level: "token" | "image" (every token gets the image's mean affinities, the mean taken after a softmax).
+    static: "" | "A" | "U" | "AU", the factors that are learned constants (R,C) instead of written for each image.
+    tokens: "Xhat" | "X", what the affinities are taken of. X keeps the tokens' magnitude, which helps on aio5 (data/results).
+    """
+    rank: int = 8
+    heads: int = 4
+    probe_channels: int | None = None
+    affinity: str = "signed"
+    topk: int = 2
+    level: str = "token"
+    static: str = ""
+    tokens: str = "Xhat"
+
+    def __post_init__(self):
+        for name, valid in (("affinity", ("signed", "softmax", "topk")), ("level", ("token", "image")),
+                            ("static", ("", "A", "U", "AU")), ("tokens", ("Xhat", "X"))):
+            if getattr(self, name) not in valid:
+                raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
+        D = 1 if self.probe_channels is None else self.probe_channels
+        for name, n in (("rank", self.rank), ("heads", self.heads), ("topk", self.topk), ("probe_channels", D)):
+            if not (isinstance(n, int) and n > 0):
+                raise InputError(f"cea {name} is {n!r}: expected a positive integer")
+        if self.static == "AU" and self.tokens == "X":
+            raise InputError("cea static is 'AU' and tokens 'X': nothing would read the normalized tokens")
+        if self.affinity == "topk" and self.topk > self.rank:
+            raise InputError(f"cea topk is {self.topk}: expected at most the rank, {self.rank}")
+
+    def is_the_method(self):
+        return (self.affinity, self.level, self.static, self.tokens) == ("signed", "token", "", "Xhat")
+
+
+def shapes(C, config):
+    """Parameter names and shapes of a layer on C channels, as `cea.shapes`; static factors are A or U (R,C)."""
+    found = {}
+    for name, shape in cea.shapes(C, config.rank, config.heads, config.probe_channels).items():
+        if name.startswith("W_") and name[2:] in config.static:
+            found[name[2:]] = (config.rank, C)
+        elif config.static != "AU" or name.startswith("norm"):
+            found[name] = shape
+    return found
+
+
+def init(p, rng):
+    """As `cea.init`; a static A is N(0, 1), a static U zero. A generated A starts smaller: it is made from averages over tokens."""
+    cea.init({name: value for name, value in p.items() if name not in "AU"}, rng)
+    if "A" in p:
+        p["A"][...] = rng.normal(0, 1, p["A"].shape)
+    if "U" in p:
+        p["U"][...] = 0
+
+
+def forward(x, p, config, ops=cpu):
+    """The layer under its switches. x (B,H,W,C), parameters p (see `shapes`) -> y (B,H,W,C), cache."""
+    if config.is_the_method():
+        y, cache = cea.cea(x, p, config.heads, ops)
+        return y, (cache, config)
+    X = cea.tokens(x, p)
+    Xhat, c_norm = ops.layernorm(X, p["norm.weight"], p["norm.bias"])
+    Z, c_Z = (None, None) if config.static == "AU" else ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], config.heads)
+    A, c_A = (repeated(p["A"], len(x)), None) if "A" in config.static else ops.linear(Z, p["W_A"])
+    U, c_U = (repeated(p["U"], len(x)), None) if "U" in config.static else ops.linear(Z, p["W_U"])
+    tokens = X if config.tokens == "X" else Xhat
+    Y, c_Y = _assemble(X, tokens, A, U, config, ops)
+    return Y.reshape(x.shape), ((tokens, A, U, c_norm, c_Z, c_A, c_U, c_Y, ops), config)
+
+
+def backward(dy, cache, g):
+    """dx, and every parameter's gradient added into g: the forward read from the bottom up."""
+    cache, config = cache
+    if config.is_the_method():
+        return cea.cea_backward(dy, cache, g)
+    tokens, _, _, c_norm, c_Z, c_A, c_U, c_Y, ops = cache
+    dX, dtokens, dA, dU = _assemble_backward(dy.reshape(tokens.shape), c_Y, config, ops)
+    dXhat, dZ = 0 if config.tokens == "X" else dtokens, 0
+    for factor, d, c in (("U", dU, c_U), ("A", dA, c_A)):
+        if factor in config.static:
+            g[factor] += d.sum(0)
+        else:
+            dZ = dZ + accumulate(g, ops.linear_backward(d, c), f"W_{factor}")
+    if config.static != "AU":
+        dXhat = dXhat + accumulate(g, ops.summarize_backward(dZ, c_Z), "W_K", "W_V", "Q")
+    dX = dX + accumulate(g, ops.layernorm_backward(dXhat, c_norm), "norm.weight", "norm.bias")
+    return (dX + dtokens if config.tokens == "X" else dX).reshape(dy.shape)
+
+
+def repeated(value, B):
+    """A learned constant (R,C) as each of B images sees it: (B,R,C)."""
+    return np.broadcast_to(value, (B, *value.shape))
+
+
+def _affinities(tokens, A, config, ops):
+    """S under the switches: signed, or a softmax over all or the largest; of each token, or the mean of the image's."""
+    S, c_S = ops.affinity(tokens, A)
+    c_T = c_mean = None
+    if config.affinity != "signed":
+        S, c_T = ops.topk_softmax(S, config.topk if config.affinity == "topk" else config.rank)
+    if config.level == "image":
+        S, c_mean = ops.token_mean(S)
+    return S, (c_S, c_T, c_mean)
+
+
+def _affinities_backward(dS, cache, config, ops):
+    c_S, c_T, c_mean = cache
+    if config.level == "image":
+        dS = ops.token_mean_backward(dS, c_mean)
+    if config.affinity != "signed":
+        dS = ops.topk_softmax_backward(dS, c_T)
+    return ops.affinity_backward(dS, c_S)
+
+
+def _assemble(X, tokens, A, U, config, ops):
+    if config.affinity == "signed" and config.level == "token":
+        return ops.assembly(X, tokens, A, U)
+    S, c_S = _affinities(tokens, A, config, ops)
+    Y, c_Y = ops.combine(X, S, U)
+    return Y, (c_S, c_Y)
+
+
+def _assemble_backward(dY, cache, config, ops):
+    if config.affinity == "signed" and config.level == "token":
+        return ops.assembly_backward(dY, cache)
+    c_S, c_Y = cache
+    dX, dS, dU = ops.combine_backward(dY, c_Y)
+    return dX, *_affinities_backward(dS, c_S, config, ops), dU
+
+
+def anatomy(cache):
+    """What one forward pass wrote, for plots: the tokens (B,N,C) that S is taken of, S (B,N,R), A and U (B,R,C), and the probe's
+    weights P (B,h,R,N), None where nothing is probed."""
+    (tokens, A, U, _, c_Z, *_, ops), config = cache
+    S, _ = _affinities(tokens, A, config, ops)
+    return {"tokens": tokens, "S": S, "A": A, "U": U, "P": None if c_Z is None else ops.attention(c_Z)}

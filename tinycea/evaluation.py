@@ -1,0 +1,83 @@
+"""The one place of test sets, PSNR, SSIM and the tables made of them."""
+from collections import defaultdict
+from functools import cache
+from itertools import product
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from .degradations import apply
+from .scenes import Scene, crop, photographs
+
+SSIM = "RGB float in [0,1], Gaussian window of standard deviation 1.5, population covariance (Wang et al. 2004)"
+TEST_SEED = 0                                 # of the degradations of held-out photographs: the same in every run
+VIEWS = {"photographs": 12, "crops": 48}      # degraded images of a photograph, about, shared out among the entries of a suite
+CROP = 96                                     # pixels a side
+
+
+@cache
+def test_set(entries, split="test", view="photographs", draws=None, degrade=apply):
+    """[(entry, photograph, degraded, clean), ...] of a split of `scenes.photographs`, always the same.
+
+    entries: a tuple, as `suite`'s.
+    view: "photographs", whole as in use, or "crops" of CROP x CROP pixels, degraded one by one as in training: a network that has
+    learned on patches what an image's averages mean may be misled by those of a whole photograph.
+    draws: degraded images of each photograph and entry; None: the view's number, shared out among the entries.
+    degrade: f(scene, entry, rng) -> image.
+    """
+    found = []
+    for j, (photo, clean) in enumerate(photographs(split).items()):
+        for entry, draw in product(entries, range(draws or max(1, VIEWS[view] // len(entries)))):
+            rng = np.random.default_rng([TEST_SEED, j, draw, *entry.encode()])
+            scene = crop(Scene(clean), CROP, rng) if view == "crops" else Scene(clean)
+            found.append((entry, photo, degrade(scene, entry, rng), scene.image))
+    return found
+
+
+def psnr(image, clean):
+    """Peak signal-to-noise ratio in dB of images in [0,1]."""
+    return float(peak_signal_noise_ratio(clean, image, data_range=1))
+
+
+def ssim(image, clean):
+    """Structural similarity as SSIM says, of images (H,W,3) in [0,1]; both sides at least 11 pixels."""
+    return float(structural_similarity(clean, image, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                       use_sample_covariance=False))
+
+
+def evaluate(restorer, tests):
+    """Restore what `test_set` gave; yields dicts with entry, photograph, images, before and after.
+
+    images: (degraded, restored, clean); before and after: each (PSNR, SSIM). restorer(image, entry) -> image.
+    """
+    for entry, photo, degraded, clean in tests:
+        restored = np.clip(restorer(degraded, entry), 0, 1)
+        yield {"entry": entry, "photograph": photo, "images": (degraded, restored, clean),
+               "before": (psnr(degraded, clean), ssim(degraded, clean)), "after": (psnr(restored, clean), ssim(restored, clean))}
+
+
+def scores(restorer, tests):
+    """Mean PSNR in dB over the draws of `test_set`: entry -> photograph -> dB. restorer(image, entry) -> image."""
+    found = defaultdict(lambda: defaultdict(list))
+    for entry, photo, degraded, clean in tests:
+        found[entry][photo].append(psnr(np.clip(restorer(degraded, entry), 0, 1), clean))
+    return {entry: {photo: round(float(np.mean(draws)), 4) for photo, draws in photos.items()} for entry, photos in found.items()}
+
+
+def table(results):
+    """Rows (dicts), one per degradation, then their average: PSNR and SSIM before and after, means of what `evaluate` yields."""
+    columns = ("psnr_before", "ssim_before", "psnr_after", "ssim_after")
+    entries = list(dict.fromkeys(r["entry"] for r in results))
+    means = [np.mean([r["before"] + r["after"] for r in results if r["entry"] == entry], 0) for entry in entries]
+    return [{"degradation": entry} | dict(zip(columns, map(float, mean)))
+            for entry, mean in zip(entries + ["average"], means + [np.mean(means, 0)])]
+
+
+def format_table(rows):
+    """The rows of `table` as aligned text."""
+    lines = [f"{'degradation':16s} {'PSNR before':>11s} {'after':>7s} {'gain':>7s}   {'SSIM before':>11s} {'after':>7s}"]
+    for r in rows:
+        gain = r["psnr_after"] - r["psnr_before"]
+        lines.append(f"{r['degradation']:16s} {r['psnr_before']:11.2f} {r['psnr_after']:7.2f} {gain:+7.2f}   "
+                     f"{r['ssim_before']:11.3f} {r['ssim_after']:7.3f}")
+    return "\n".join(lines)

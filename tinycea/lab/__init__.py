@@ -1,0 +1,1 @@
+"""Programs that made data/: each one's results are committed beside the command that made them."""

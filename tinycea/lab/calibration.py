@@ -1,0 +1,26 @@
+"""Holds our degradations against CDD-11's: mean PSNR (dB) of the degraded photographs, printed as data/calibration.csv.
+
+    python -m tinycea.lab.calibration > data/calibration.csv
+"""
+import numpy as np
+
+from ..degradations import SUITES, apply
+from ..evaluation import psnr
+from ..scenes import Scene, photographs
+
+# Mean PSNR of the degraded inputs of CDD-11's test set (Guo et al. 2024, "OneRestore")
+CDD11 = dict(zip(SUITES["cdd11"], (12.0, 15.9, 22.0, 23.6, 14.9, 14.6, 13.5, 14.8, 14.8, 15.3, 14.6)))
+SEEDS = 6
+
+
+def mean_psnr(images, entry, seeds=SEEDS):
+    """Mean over images and seeds, in dB."""
+    return np.mean([psnr(apply(Scene(image), entry, np.random.default_rng(seed)), image)
+                    for image in images for seed in range(seeds)])
+
+
+if __name__ == "__main__":
+    print(f"# python -m tinycea.lab.calibration ({SEEDS} seeds, whole photographs)\nentry,cdd11_dB,validation_dB,test_dB")
+    validation, test = (photographs(split).values() for split in ("validation", "test"))
+    for entry in dict.fromkeys([*CDD11, *SUITES["aio3"], *SUITES["aio5"], "patchwork"]):
+        print(f"{entry},{CDD11.get(entry, '')},{mean_psnr(validation, entry):.1f},{mean_psnr(test, entry):.1f}")

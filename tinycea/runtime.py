@@ -1,0 +1,141 @@
+"""What a program needs of its machine: InputError, files whole or not at all, process pools, Ctrl-C, what machine this is."""
+import json
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Bad input: one sentence that names the argument or file, what came and what was expected."""
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed and `path` stays as it was.
+
+    An OSError on the way (no such folder, no permission, a full disk) becomes an InputError that names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(path):
+    """Make a folder and its parents if need be, or raise InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from None
+
+
+def write_json(path, value):
+    """JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+# ---- Ctrl-C and processes --------------------------------------------------------------------------------------------
+
+@contextmanager
+def interruptible():
+    """Within, Ctrl-C is remembered instead of raised: yields a function that tells whether it came. A second one is raised."""
+    came = []
+
+    def handler(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def uninterrupted():
+    """Within, Ctrl-C waits; a process started within never hears of it: it is ended by the one that started it."""
+    masked = hasattr(signal, "pthread_sigmask")           # not on Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
+    try:
+        yield
+    finally:
+        if masked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def pool(workers, initializer=None, *arguments):
+    """A ProcessPoolExecutor of fresh (spawned) processes, each prepared by initializer(*arguments).
+
+    They end with the block, whatever they do, and with this process, however that ends. A script that uses one needs
+    `if __name__ == "__main__"` around it.
+    """
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, (initializer, *arguments))
+    processes = []
+    try:
+        with uninterrupted():
+            for _ in range(workers):                      # each starts a process
+                executor.submit(int)
+            processes += executor._processes.values()
+        yield executor
+    finally:
+        with uninterrupted():
+            for process in processes:
+                process.terminate()
+            executor.shutdown(cancel_futures=True)
+
+
+def _prepare(initializer, *arguments):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())          # its own is shared by processes: one that is ended would leave a semaphore behind
+    if initializer:
+        initializer(*arguments)
+
+
+def _end_with_parent():
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+def machine():
+    """The processor, its cores and the system, as far as the system tells."""
+    try:
+        model = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):              # not Linux, or a processor without a name there
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def peak_memory(whose="RUSAGE_SELF"):
+    """Peak resident memory in MB of this process, or of the largest that it has started; None where the system does not tell."""
+    if whose == "RUSAGE_SELF" and sys.platform == "linux":        # getrusage's peak is at least the parent process's
+        return round(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10)
+    try:
+        import resource
+    except ImportError:                       # Windows
+        return None
+    return round(resource.getrusage(getattr(resource, whose)).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))

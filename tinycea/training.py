@@ -1,0 +1,299 @@
+"""The one training loop: a recipe, or several side by side on the same batches; and the run folder that explains itself.
+
+Every batch is a pure function of (seed, step), so a run that was interrupted and resumed ends with the bits of one that was not.
+One step followed through the flat buffer, and the loop in ten lines: notebooks/05_training_by_hand.
+"""
+import csv
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from . import __version__, plots
+from .ablations import CEAConfig
+from .degradations import patchwork, suite
+from .evaluation import SSIM, TEST_SEED, evaluate, table, test_set
+from .feed import INIT, feed
+from .nafnet import anatomies, centered, centered_backward, init
+from .ops import backend
+from .ops.cpu import keep_memory
+from .optim import clip_by_norm, decay_mask, warmup_cosine
+from .params import Params, copy_into, load, save
+from .restoration import restore_rgb
+from .runtime import InputError, atomic, interruptible, machine, make_folder, peak_memory, write_json
+from .scenes import Scene, photographs
+from .zoo import ADAPTERS, network, save_model, to_dict
+
+EVERY = 100                                   # steps between two looks at the held-out patches
+SAVE_SECONDS = 30                             # between two states written for resuming
+# Times lr: CEA's update is a product of learned factors and soon too large. The rivals' are the best of 0.1, 0.3 and 1 on the
+# validation photographs (data/results).
+ADAPTER_LR = dict.fromkeys(ADAPTERS, 0.1) | {"static": 0.3, "mlp": 0.3, "experts-image": 1.0, "experts-token": 0.3}
+FILES = ("config.json", "log.csv", "state.safetensors", "model.safetensors", "curve.png", "before_after.png", "routing.png",
+         "result.json")                       # of a run folder; the state goes when the result has come
+COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")       # of a log; the seconds are the step's own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of; with the machine it determines every byte of the weights."""
+    suite: str = "aio5"
+    adapter: str = "cea"
+    steps: int = 3000
+    seed: int = 0
+    backend: str = "cpu"
+    images: str | None = None                 # a folder that replaces scikit-image's training photographs
+    batch: int = 8
+    patch: int = 48                           # pixels a side
+    scenes: int = 32                          # dead leaves of 256 x 256
+    lr: float = 4e-3
+    adapter_lr: float = 0.1                   # times lr, see ADAPTER_LR
+    decay: float = 1e-4
+    warmup: int = 50                          # steps
+    clip: float = 1.0
+
+
+def recipe_for(adapter="cea", **rest):
+    """A Recipe with the learning rate that was tuned for the adapter (ADAPTER_LR), unless another one is given."""
+    return Recipe(adapter=adapter, **{"adapter_lr": ADAPTER_LR.get(adapter.partition(":")[0], 0.1)} | rest)
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+class State(NamedTuple):
+    """What training changes, where the backend computes: parameters, their gradient, AdamW's two moments; and constants."""
+    p: Params
+    g: Params
+    m: np.ndarray                             # as p.flat, like those below
+    v: np.ndarray
+    rates: np.ndarray                         # of learning, relative to the recipe's lr
+    decay: np.ndarray
+
+
+def start(recipe, saved=None):
+    """The State before the first step; or at another one, from `saved`, its arrays w, m and v."""
+    config, ops = network(recipe.adapter), backend(recipe.backend)
+    p = init(config, np.random.default_rng([recipe.seed, INIT]))
+    m, v = p.zeros_like().flat, p.zeros_like().flat
+    if saved is not None:
+        copy_into({"w": p.flat, "m": m, "v": v}, saved, "state.safetensors")
+    p = on_device(p, ops)
+    rates = p.zeros_like()
+    for name, value in rates.items():
+        value[...] = recipe.adapter_lr if name.startswith("adapters.") else 1
+    return State(p, p.zeros_like(), ops.to_device(m), ops.to_device(v), rates.flat, recipe.decay * decay_mask(p))
+
+
+def on_device(p, ops):
+    """The parameters where a backend computes: copied to a GPU, or themselves."""
+    return p.over(ops.to_device(p.flat))
+
+
+def gradient(degraded, clean, p, config, ops, g):
+    """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
+    g.flat[:] = 0
+    restored, cache = centered(ops.to_device(degraded), p, config, ops)
+    loss, c_loss = ops.psnr_loss(restored, ops.to_device(clean))
+    dloss, _ = ops.psnr_loss_backward(1.0, c_loss)
+    centered_backward(dloss, cache, g)
+    return float(loss)
+
+
+def advance(state, degraded, clean, step, recipe):
+    """Training step number `step`, from 1 -> learning rate, loss in dB, gradient's norm. InputError unless they are finite."""
+    ops = backend(recipe.backend)
+    loss = gradient(degraded, clean, state.p, network(recipe.adapter), ops, state.g)
+    norm = clip_by_norm(state.g.flat, recipe.clip)
+    if not np.isfinite(loss + norm):
+        raise InputError(f"training diverged at step {step}: the loss is {loss}, the gradient's norm {norm}")
+    rate = warmup_cosine(step / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
+    ops.adamw(state.p.flat, state.g.flat, state.m, state.v, step, rate * state.rates, state.decay)
+    return rate, loss, norm
+
+
+def mean_psnr(degraded, clean, p, config, ops):
+    """Mean PSNR in dB over a batch of patches, where the backend computes."""
+    restored, _ = centered(degraded, p, config, ops, keep=False)
+    return -float(ops.psnr_loss(np.clip(restored, 0, 1), clean)[0])
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+class Progress(NamedTuple):
+    """Where recipes trained side by side stand: their states, and their logs, lists of rows as COLUMNS says."""
+    states: list[State]
+    logs: list[list]
+
+
+def train_together(recipes, batches, progress, held_out=None):
+    """The training loop: every recipe's step on every batch, written into `progress`; yields the number of steps done after each.
+
+    recipes: of one length, seed and suite. held_out: degraded and clean patches looked at every EVERY steps, or None.
+    """
+    configs, ops = [network(recipe.adapter) for recipe in recipes], backend(recipes[0].backend)
+    for step, (degraded, clean) in enumerate(batches, len(progress.logs[0]) + 1):
+        for recipe, config, state, log in zip(recipes, configs, *progress):
+            began = time.perf_counter()
+            numbers = advance(state, degraded, clean, step, recipe)
+            seconds = time.perf_counter() - began
+            look = held_out and (step % EVERY == 0 or step == recipe.steps)
+            log.append((step, *numbers, mean_psnr(*held_out, state.p, config, ops) if look else np.nan, seconds))
+        yield step
+
+
+def save_progress(path, progress, recipes):
+    """Write a state file, whole or not at all: what training goes on from, and the recipes it belongs to."""
+    tensors = {}
+    for i, (state, log, recipe) in enumerate(zip(*progress, recipes)):
+        host = backend(recipe.backend).to_host
+        tensors |= {f"{i}.w": host(state.p.flat), f"{i}.m": host(state.m), f"{i}.v": host(state.v),
+                    f"{i}.log": np.array(log).reshape(-1, len(COLUMNS))}
+    save(path, tensors, recipes=list(map(asdict, recipes)))
+
+
+def load_progress(path, recipes):
+    """The Progress in a state file; before the first step where there is none. InputError for a state of other recipes."""
+    if not Path(path).exists():
+        return Progress([start(recipe) for recipe in recipes], [[] for _ in recipes])
+    tensors, metadata = load(path)
+    if metadata.get("recipes") != list(map(asdict, recipes)):
+        raise InputError(f"{path}: belongs to another recipe")
+    states = [start(recipe, {key: tensors[f"{i}.{key}"] for key in "wmv"}) for i, recipe in enumerate(recipes)]
+    return Progress(states, [tensors[f"{i}.log"].tolist() for i in range(len(recipes))])
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+def train(out: str | Path | None = None, *, resume: bool = False, minutes: float | None = None, workers: int = 1,
+          **options) -> dict:
+    """Train a model and leave the run folder `out` (None: runs/SUITE-ADAPTER-seedN) -> the dict of its result.json.
+
+    options: fields of Recipe, as in train(suite="aio5", steps=300). minutes: train for about so long, instead of so many steps.
+    workers: processes that make the batches; their number changes nothing but the time.
+    Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
+    Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
+    """
+    if minutes and resume:
+        raise InputError("minutes are for a new run; one that is resumed keeps the number of steps it was started with")
+    recipe = recipe_for(**options)
+    out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
+    if resume:
+        recipe = resumable(out, options)
+    elif any((out / name).exists() for name in FILES):
+        raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
+    if minutes:
+        recipe = replace(recipe, steps=steps_in(minutes, recipe))
+    ops, path, entries = backend(recipe.backend), out / "state.safetensors", suite(recipe.suite)
+    keep_memory()
+    held_out = [ops.to_device(np.stack(images)) for images in list(zip(*test_set(entries, "validation", "crops", 1)))[2:]]
+    progress = load_progress(path, [recipe])
+    log, waited = progress.logs[0], []
+    with feed(recipe, len(log), workers) as batches:
+        batches, saved = timed(batches, waited), None
+        first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
+        with (interruptible() as interrupted,
+              tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
+            for step in train_together([recipe], chain(first, batches), progress, held_out):
+                if not np.isnan(log[-1][4]):
+                    loss = np.mean([row[2] for row in log[-EVERY:]])
+                    bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
+                bar.update()
+                if saved is None or time.perf_counter() - saved > SAVE_SECONDS or step == recipe.steps or interrupted():
+                    save_run(out, recipe, progress)
+                    saved = time.perf_counter()
+                if interrupted():
+                    break
+    try:
+        if len(log) < recipe.steps:
+            raise KeyboardInterrupt
+        return finish(recipe, progress.states[0].p, log, sum(waited), out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after step {len(log)} of {recipe.steps}; "
+                                f"`tinycea train --resume --out {out}` goes on") from None
+
+
+def resumable(out, options):
+    """The Recipe of the interrupted run in `out`; InputError if there is none, it is finished, or one of the options differs."""
+    if (out / "result.json").exists():
+        raise InputError(f"{out}: this run is finished, there is nothing to resume")
+    path = out / "state.safetensors"
+    if not path.exists():
+        raise InputError(f"{out}: holds no interrupted run to resume")
+    try:
+        recipe = Recipe(**load(path)[1]["recipes"][0])
+    except (TypeError, KeyError, IndexError):
+        raise InputError(f"{path}: not the state of a run") from None
+    for name, value in options.items():
+        if value != getattr(recipe, name):
+            raise InputError(f"{out}: this run was started with {name} {getattr(recipe, name)}, it cannot resume with {value}")
+    return recipe
+
+
+def steps_in(minutes, recipe):
+    """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
+    recipe = replace(recipe, scenes=1, steps=11)
+    progress = load_progress("", [recipe])
+    with feed(recipe) as batches:
+        for _ in train_together([recipe], batches, progress):
+            pass
+    return max(1, round(60 * minutes / float(np.median([row[-1] for row in progress.logs[0][1:]]))))
+
+
+def timed(batches, waited):
+    """The same batches; the seconds that each one was waited for are put into a list."""
+    while True:
+        began = time.perf_counter()
+        pair = next(batches, None)
+        waited.append(time.perf_counter() - began)
+        if pair is None:
+            return
+        yield pair
+
+
+def save_run(out, recipe, progress):
+    """The files of a run under way: its state, and for a reader its configuration and its log."""
+    make_folder(out)
+    save_progress(out / "state.safetensors", progress, [recipe])
+    write_json(out / "config.json", {"recipe": asdict(recipe), "model": to_dict(network(recipe.adapter)), "tinycea": __version__})
+    with atomic(out / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows((int(step), *("" if np.isnan(x) else x for x in row)) for step, *row in progress.logs[0])
+
+
+def finish(recipe, p, log, waited, out):
+    """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
+    config, ops, entries = network(recipe.adapter), backend(recipe.backend), suite(recipe.suite)
+    tests = test_set(entries)
+    results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
+                        total=len(tests), desc="held-out photographs", leave=False, disable=None))
+    result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
+              "seconds": round(sum(row[-1] for row in log), 1), "seconds_waiting_for_data": round(waited, 1),
+              "peak_memory_mb": peak_memory(), "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
+              "machine": machine(),
+              "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
+    save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
+    plots.curve(log, out / "curve.png")
+    photos = dict.fromkeys(r["photograph"] for r in results)
+    plots.before_after([next(r for r in results if r["photograph"] == photo and r["entry"] == entries[i % len(entries)])
+                        for i, photo in enumerate(photos)], out / "before_after.png")
+    if config.adapted() and isinstance(config.adapter, CEAConfig):
+        plots.routing(*affinity_maps(p, config, ops), out / "routing.png")
+    write_json(out / "result.json", result)
+    (out / "state.safetensors").unlink()
+    return result | {"folder": str(out)}
+
+
+def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
+    """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and stage, the last one."""
+    degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
+    _, cache = centered(ops.to_device(degraded[None]), p, config, ops)
+    stage, anatomy = list(anatomies(cache).items())[-1]
+    m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
+    h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
+    return degraded, mask, names, ops.to_host(anatomy["S"]).reshape(h, w, -1), config.adapter.affinity, stage

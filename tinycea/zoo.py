@@ -1,0 +1,104 @@
+"""Names of networks, and model files: what a network is called, how it is saved and read, and NAFNet's own state."""
+import json
+from dataclasses import asdict, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .ablations import CEAConfig
+from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig
+from .nafnet import NAFNetConfig, shapes
+from .params import Params, copy_into, load, save
+from .runtime import InputError
+
+WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
+# Names for the command line. The rivals match CEA's number of parameters within 5 % in the default network, see lab/comparison.
+ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27)} | {
+    name: NAFNetConfig(adapter=adapter) for name, adapter in {
+        "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
+        "cea-image": CEAConfig(level="image"),
+        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU"),
+        "static": CEAConfig(static="AU", rank=76), "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
+        "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
+
+
+@cache
+def network(name):
+    """The network called `name`: one of ADAPTERS, with options of its adapter or of NAFNetConfig as in "cea:rank=16,sca=false".
+
+    slots are joined by +, as in "cea:slots=encoders.0+middle_blks". InputError for an unknown name, option or value.
+    """
+    name, _, options = name.partition(":")
+    if name not in ADAPTERS:
+        raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
+    config = ADAPTERS[name]
+    own, whole = ([field.name for field in fields(c)] if c else [] for c in (config.adapter, config))
+    given = {"adapter": {}, "network": {}}
+    for option in filter(None, options.split(",")):
+        key, _, text = option.partition("=")
+        if key not in own + whole or key == "adapter":
+            raise InputError(f"unknown option {option!r} of adapter {name}: choose among {', '.join(own + whole)}")
+        given["adapter" if key in own else "network"][key] = tuple(text.split("+")) if key == "slots" else _literal(text)
+    adapter = config.adapter and replace(config.adapter, **given["adapter"])
+    return replace(config, adapter=adapter, **given["network"])
+
+
+def _literal(text):
+    """A number, true or false; any other text is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# ---- model files -----------------------------------------------------------------------------------------------------
+
+def load_nafnet_state(mapping, p):
+    """Copy arrays under the official NAFNet names, PyTorch's layout (O,I,kH,kW), into p; its adapters stay as they are.
+
+    Raises InputError naming the first missing, unknown or mis-shaped array; p is then unchanged.
+    """
+    copy_into({name: value for name, value in p.items() if not name.startswith("adapters.")}, mapping, "NAFNet state")
+
+
+def save_model(path, p, config, **metadata):
+    """Write parameters and their configuration to a safetensors file."""
+    save(path, p, config=to_dict(config), **metadata)
+
+
+class Model(NamedTuple):
+    """A network ready to run: parameters and configuration."""
+    p: Params
+    config: NAFNetConfig
+
+
+def load_model(path: str | Path) -> Model:
+    """Read a model file. Anything but a whole file of a known configuration raises InputError."""
+    tensors, metadata = load(path)
+    try:
+        config = from_dict(metadata["config"])
+        p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
+    except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
+        raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None
+    copy_into(p, tensors, path)
+    return Model(p, config)
+
+
+def to_dict(config):
+    """A NAFNetConfig as JSON takes it; the adapter's dict names its family."""
+    names = {family.config: name for name, family in FAMILIES.items()}
+    adapter = config.adapter and {"family": names[type(config.adapter)]} | asdict(config.adapter)
+    return asdict(config) | {"adapter": adapter}
+
+
+def from_dict(values):
+    """The NAFNetConfig whose `to_dict` went through JSON (lists become tuples again)."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if values["adapter"] is not None:
+        options = dict(values["adapter"])
+        values["adapter"] = FAMILIES[options.pop("family")].config(**options)
+    return NAFNetConfig(**values)
+
+
