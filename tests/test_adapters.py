@@ -9,7 +9,7 @@ from inspect import signature
 import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
-from test_ops import EVERY_BACKEND, LAYOUTS, close, dot, loop_layernorm, loop_linear, snapshot, softmax
+from test_ops import EVERY_BACKEND, LAYOUTS, close, dot, loop_layernorm, loop_linear, naming, snapshot, softmax
 
 from tinycea import ablations, adapters, cases, gradcheck, nafnet
 from tinycea.ablations import CEAConfig
@@ -107,13 +107,15 @@ def loop_experts(x, Xhat, p, config):
 LOOPS = {MLPConfig: loop_mlp, DescriptorConfig: loop_descriptor, PromptConfig: loop_prompt, ExpertsConfig: loop_experts}
 
 
-@EVERY_BACKEND
 @EVERY_CONFIG
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES)
-def test_forward_is_its_loop(room, config, shape):
+def test_forward_is_its_loop(config, shape):
     x, p, forward = layer(config, shape)
     Xhat = loop_layernorm(x, p["norm.weight"], p["norm.bias"])
-    close(forward(room)[0], LOOPS[type(config)](x, Xhat, p, config), RTOL["a layer"])
+    right = LOOPS[type(config)](x, Xhat, p, config)
+    for room in ("reference", "cpu"):
+        with naming(room):
+            close(forward(room)[0], right, RTOL["a layer"])
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------------
@@ -123,28 +125,22 @@ CASES = [case[0] for case in cases.cases(reference) if case[0].split()[0] in OPS
 
 
 def test_gradients_of_every_family_are_checked():
+    """By test_ops, against central differences, as all of gradcheck's cases."""
     assert {name.split()[0] for name in CASES} == OPS | set(FAMILIES) - {"cea"}
     assert sum(name.startswith("experts") for name in CASES) == 6
 
 
-@EVERY_BACKEND
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", CASES)
-def test_backward_is_the_central_difference(room, name, seed):
-    _, tolerance, *case = next(case for case in cases.cases(backend(room), seed) if case[0] == name)
-    assert not [row for row in gradcheck.check_gradients(*case, seed, tolerance=tolerance) if not row.passed]
-
-
 @EVERY_CONFIG
-@pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES)
-def test_cpu_is_reference(config, shape):
-    x, p, forward = layer(config, shape)
-    (y, cache), (right, cache_right) = forward("cpu"), forward()
-    close(y, right, RTOL["a layer"])
-    dy = np.random.default_rng(1).normal(size=x.shape)
-    mine, theirs = gradients(config, dy, cache, p), gradients(config, dy, cache_right, p)
-    for name, value in theirs.items():                         # a layer norm over one channel passes rounding alone
-        assert np.abs(mine[name] - value).max() <= RTOL["a layer"] * max(np.abs(value).max(), 1), name
+def test_cpu_is_reference(config):
+    for where, shape in SIZES.items():
+        x, p, forward = layer(config, shape)
+        (y, cache), (right, cache_right) = forward("cpu"), forward()
+        with naming(where):
+            close(y, right, RTOL["a layer"])
+            dy = np.random.default_rng(1).normal(size=x.shape)
+            mine, theirs = gradients(config, dy, cache, p), gradients(config, dy, cache_right, p)
+            for name, value in theirs.items():                 # a layer norm over one channel passes rounding alone
+                assert np.abs(mine[name] - value).max() <= RTOL["a layer"] * max(np.abs(value).max(), 1), name
 
 
 @EVERY_CONFIG
@@ -185,16 +181,18 @@ def test_float32_in_float32_out(room, config):
 
 @EVERY_BACKEND
 @EVERY_CONFIG
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_memory_layout_changes_nothing(room, config, layout):
+def test_memory_layout_changes_nothing(room, config):
     x, p, forward = layer(config)
     y, cache = forward(room)
-    y2, cache2 = family(config).forward(layout(x), {name: layout(value) for name, value in p.items()}, config, backend(room))
-    close(y2, y, RTOL["a layer"])
     dy = np.random.default_rng(1).normal(size=x.shape)
     right = gradients(config, dy, cache, p)
-    for name, value in gradients(config, layout(dy), cache2, p).items():
-        close(value, right[name], RTOL["a layer"])
+    for where, layout in LAYOUTS.items():
+        laid = {name: layout(value) for name, value in p.items()}
+        with naming(where):
+            y2, cache2 = family(config).forward(layout(x), laid, config, backend(room))
+            close(y2, y, RTOL["a layer"])
+            for name, value in gradients(config, layout(dy), cache2, p).items():
+                close(value, right[name], RTOL["a layer"])
 
 
 @EVERY_CONFIG

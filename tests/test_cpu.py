@@ -4,14 +4,15 @@
 """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Barrier, BrokenBarrierError
+from types import FunctionType
 
 import numpy as np
 import pytest
-from test_ops import EVERY_OP, LAYOUTS, OPS, SIZES, _poison, draw, pair, several, snapshot
+from test_ops import LAYOUTS, OPS, OWN, SIZES, _poison, draw, every, naming, pair, several, snapshot
 
-from tinycea.ops import backend, cpu, reference
+from tinycea.ops import backend, cpu
 
 RTOL = {np.float64: 1e-12, np.float32: 1e-5}              # largest difference over largest value, per tensor
 
@@ -19,10 +20,26 @@ PRIMES = dict(B=5, H=7, W=3, C=11, O=13, R=17, h=2, d=19)
 JOINED = dict(B=2, H=12, W=16, C=5, O=7, R=3, h=9, d=4)   # 192 = 3 * 64 pixels: what takes many rows at once finds them
 LARGE = dict(B=2, H=97, W=89, C=47, O=5, R=17, h=3, d=7)  # an image is several tiles of the true size
 EVERY_SIZE = pytest.mark.parametrize("sizes", [*SIZES.values(), PRIMES, JOINED], ids=[*SIZES, "primes", "joined"])
-TILES = (64, 100, 200, 500, 1500, 2**18)                  # numbers: from one row of an image to all images
-EVERY_TILE = pytest.mark.parametrize("tile", TILES)
-OWN = [case for case in OPS
-       if any(getattr(cpu, door) is not getattr(reference, door) for door in (case[0], case[0] + "_backward"))]
+TILES = (10, 64, 100, 200, 400, 800, 1500, 2**18)         # numbers: from less than one row of an image to all images
+
+
+def reads_tile(function):
+    """Whether the function's code, or that of a function that it names, reads TILE."""
+    names = function.__code__.co_names
+    called = [f for f in map(function.__globals__.get, names) if isinstance(f, FunctionType)]
+    return "TILE" in names or any(map(reads_tile, called))
+
+
+CUT = [case for case in OWN if reads_tile(getattr(cpu, case[0])) or reads_tile(getattr(cpu, case[0] + "_backward"))]
+WHOLE = [case for case in OWN if case not in CUT]
+
+
+@contextmanager
+def tiles_of(numbers):
+    """Within: cpu's tiles are of that size."""
+    with pytest.MonkeyPatch.context() as patch, naming(f"TILE = {numbers}"):
+        patch.setattr(cpu, "TILE", numbers)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -49,55 +66,73 @@ def agree(mine, right):
             assert np.abs(a - b).max() <= RTOL[b.dtype.type] * (np.abs(b).max() or 1)
 
 
-def same(name, arrays, settings, layout=lambda a: a):
+def same(name, arrays, settings, layouts={"as drawn": lambda a: a}):
     """cpu's answers, whatever the layout, are reference's."""
-    agree(answers("cpu", name, arrays, settings, layout), answers("reference", name, arrays, settings))
+    right = answers("reference", name, arrays, settings)
+    for layout, laid in layouts.items():
+        with naming(layout):
+            agree(answers("cpu", name, arrays, settings, laid), right)
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------------------
 
-@EVERY_OP
+def test_the_ops_that_read_tile_are_found():
+    assert {"conv3x3", "layernorm"} <= {name for name, *_ in CUT} and {"linear", "simple_gate"} <= {name for name, *_ in WHOLE}
+
+
+@every(CUT)
 @EVERY_SIZE
-@EVERY_TILE
-def test_every_cut(name, settings, letters, sizes, tile, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", tile)
+def test_every_cut(name, settings, letters, sizes):
+    for dtype in RTOL:
+        drawn = draw(letters, settings, sizes, dtype)
+        right = answers("reference", name, *drawn)
+        for tile in TILES:
+            with tiles_of(tile):
+                agree(answers("cpu", name, *drawn), right)
+
+
+@every(WHOLE)
+@EVERY_SIZE
+def test_what_is_not_cut(name, settings, letters, sizes):
     for dtype in RTOL:
         same(name, *draw(letters, settings, sizes, dtype))
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "depthwise3x3", "summarize"])
-def test_these_cuts_are_of_every_kind(name, monkeypatch):
-    """Several images in a tile and fewer in the last, and several rows of one image and fewer in the last."""
-    uneven, cut = set(), cpu._tiles
+@every(CUT)
+def test_these_cuts_are_of_every_kind(name, settings, letters, monkeypatch):
+    """One to a tile, several, and fewer in the last: of all rows together, or of images and of one image's rows."""
+    B, H, W = (PRIMES[letter] for letter in "BHW")
+    parts = {B: "images", H: "rows", H * W: "rows", B * H * W: "all rows"}
+    seen, cut = {part: set() for part in parts.values()}, cpu._cut
 
-    def tiles(B, N, width):
-        tiles = cut(B, N, width)
-        for part, slices in zip(("images", "rows"), zip(*tiles)):
-            lengths = [s.stop - s.start for s in slices]
-            uneven.update({part} if 1 < max(lengths) > lengths[-1] else ())
-        return tiles
-    monkeypatch.setattr(cpu, "_tiles", tiles)
-    settings, letters = next(case for op, *case in OPS if op == name)
+    def noted(n, size):
+        slices = cut(n, size)
+        lengths = [s.stop - s.start for s in slices]
+        if len(lengths) > 1:
+            seen[parts[n]] |= {"one" if lengths[0] == 1 else "several", "fewer in the last" if lengths[-1] < lengths[0] else ""}
+        return slices
+    monkeypatch.setattr(cpu, "_cut", noted)
     for tile in TILES:
-        monkeypatch.setattr(cpu, "TILE", tile)
-        answers("cpu", name, *draw(letters, settings, PRIMES))
-    assert uneven == {"images", "rows"}
+        with tiles_of(tile):
+            answers("cpu", name, *draw(letters, settings, PRIMES))
+    kinds = {"one", "several", "fewer in the last"}
+    assert seen["all rows"] >= kinds or seen["images"] >= kinds <= seen["rows"], seen
 
 
-@pytest.mark.parametrize("tile", (1, *TILES, cpu.TILE))
 @pytest.mark.parametrize("B, N, width", [(1, 1, 1), (5, 7, 99), (5, 21, 34), (31, 3, 7), (2, 8633, 47), (3, 97, 12549)])
-def test_tiles_are_all_rows_once_and_neither_large_nor_many(B, N, width, tile, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", tile)
-    times, numbers = np.zeros((B, N), int), []
-    for b, n in cpu._tiles(B, N, width):
-        times[b, n] += 1
-        numbers.append(times[b, n].size * width)
-    assert (times == 1).all()
-    assert max(numbers) <= 1.5 * max(tile, width)
-    assert len(numbers) <= max(1, 3 * times.size * width / tile)
+def test_tiles_are_all_rows_once_and_neither_large_nor_many(B, N, width):
+    for tile in (1, *TILES, cpu.TILE):
+        with tiles_of(tile):
+            times, numbers = np.zeros((B, N), int), []
+            for b, n in cpu._tiles(B, N, width):
+                times[b, n] += 1
+                numbers.append(times[b, n].size * width)
+            assert (times == 1).all()
+            assert max(numbers) <= 1.5 * max(tile, width)
+            assert len(numbers) <= max(1, 3 * times.size * width / tile)
 
 
-@pytest.mark.parametrize("name, settings, letters", OWN)
+@every(OWN)
 def test_tiles_of_the_true_size(name, settings, letters):
     assert len(cpu._tiles(LARGE["B"], LARGE["H"], LARGE["W"] * LARGE["C"])) > LARGE["B"]
     for dtype in RTOL:
@@ -106,13 +141,12 @@ def test_tiles_of_the_true_size(name, settings, letters):
 
 # ---- layouts and settings --------------------------------------------------------------------------------------------
 
-@EVERY_OP
+@every(OWN)
 @pytest.mark.parametrize("sizes, tile", [(PRIMES, 200), (JOINED, 2**18)], ids=["primes", "joined"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout(name, settings, letters, sizes, tile, layout, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", tile)
+def test_every_layout(name, settings, letters, sizes, tile):
     for dtype in RTOL:
-        same(name, *draw(letters, settings, sizes, dtype), layout)
+        with tiles_of(tile):
+            same(name, *draw(letters, settings, sizes, dtype), LAYOUTS)
 
 
 def test_layernorm_takes_another_eps():
@@ -134,26 +168,28 @@ def looks(room, arrays, heads):
 
 
 @EVERY_SIZE
-@EVERY_TILE
-def test_attention(sizes, tile, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", tile)
+def test_attention(sizes):
     for dtype in RTOL:
         arrays, (heads,) = draw(SUMMARIZE, ("h",), sizes, dtype)
-        agree(looks("cpu", arrays, heads), looks("reference", arrays, heads))
+        right = looks("reference", arrays, heads)
+        for tile in TILES:
+            with tiles_of(tile):
+                agree(looks("cpu", arrays, heads), right)
 
 
-@EVERY_TILE
 @pytest.mark.parametrize("sizes", [PRIMES | {"d": 4}, JOINED], ids=["primes", "joined"])
 @pytest.mark.parametrize("offset, spread", [(32, 1), (-32, 1), (1024, 1), (-1024, 1), (0, 256)])
-def test_large_logits(sizes, tile, offset, spread, monkeypatch):
+def test_large_logits(sizes, offset, spread):
     """Integers and D/h = 4: both rooms' logits, here up to thousands, are exact, so that the softmax alone is compared."""
-    monkeypatch.setattr(cpu, "TILE", tile)
     for dtype in RTOL:
         (xhat, W_K, W_V, Q), (heads,) = draw(SUMMARIZE, ("h",), sizes, dtype)
         xhat, W_K, Q = np.rint(xhat), np.rint(W_K), (np.abs(np.rint(Q)) + 1) * spread
         xhat[..., 0], W_K[0] = np.arange(len(xhat))[:, None], W_K[0] + offset      # image b's logits move by 2 b offset or more,
         Q[0] = 0                                                                   # its first query's not at all
-        agree(*(looks(room, (xhat, W_K, W_V, Q), heads) for room in ("cpu", "reference")))
+        right = looks("reference", (xhat, W_K, W_V, Q), heads)
+        for tile in TILES:
+            with tiles_of(tile):
+                agree(looks("cpu", (xhat, W_K, W_V, Q), heads), right)
 
 
 # ---- repeated and shared ---------------------------------------------------------------------------------------------

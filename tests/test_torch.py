@@ -1,6 +1,6 @@
 """Proves the whole: outputs and every gradient equal PyTorch's autograd in float64.
 
-tinycea.lab.twin is the public architecture under its public names, (B,C,H,W) throughout; it calls nothing of tinycea's arithmetic.
+tinycea.lab.twin is the public architecture under its public names, (B,C,H,W) throughout; it calls none of tinycea's arithmetic.
 """
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tinycea.zoo import ADAPTERS, load_nafnet_state, network
 
 torch = pytest.importorskip("torch")
 from tinycea.lab.twin import CEA as FastCEA  # noqa: E402  needs torch
-from tinycea.lab.twin import NAFBlock, NAFNet, named
+from tinycea.lab.twin import NAFBlock, NAFNet, named  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 torch.set_num_threads(1)                                        # the images are small: threads would only wait for each other
