@@ -1,14 +1,16 @@
 # %% [markdown]
 # # 1. Token assembly: a residual that every token puts together itself
 #
-# A network sees an image as $N$ *tokens*: feature vectors of $C$ numbers, one for each pixel (or each little square of pixels), the rows of a matrix
-# $X$ of shape $(N,C)$. A residual layer changes them by an update, $Y = X + \Delta X$. This notebook builds the update of Continuous Expert
-# Assembly (CEA, [arXiv 2605.06127](https://arxiv.org/abs/2605.06127)) from the simplest one, in five claims:
+# A network sees an image as $N$ *tokens*: feature vectors of $C$ numbers, one for each pixel (or each little square of pixels),
+# the rows of a matrix $X$ of shape $(N,C)$. A residual layer changes them by an update, $Y = X + \Delta X$. This notebook builds
+# the update of Continuous Expert Assembly (CEA, [arXiv 2605.06127](https://arxiv.org/abs/2605.06127)) from the simplest one, in
+# five claims:
 #
 # 1. A low-rank layer adds up $R$ directions, each weighted by a dot product.
 # 2. CEA is that layer with factors $A$ and $U$ of the image's own.
 # 3. The update has rank at most $R$ and never leaves the span of $U$.
-# 4. Signed affinities, softmax and top-k are three different rules; only the signed one can subtract, and only the first two are continuous.
+# 4. Signed affinities, softmax and top-k are three different rules; only the signed one can subtract, and only the first two are
+#    continuous.
 # 5. The backward is four matrix products, two for each product of the forward.
 #
 # Every equation has its lines of NumPy and an `assert` beside it. `close` means: equal up to rounding in float64.
@@ -19,7 +21,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import gradcheck
+from tinycea import check_gradients
 from tinycea.ops import reference as ops
 
 rng = np.random.default_rng(0)
@@ -28,8 +30,8 @@ close = partial(np.allclose, rtol=1e-10, atol=1e-12)
 # %% [markdown]
 # ## 1. From a residual layer to a low-rank one
 #
-# The plainest residual layer has one matrix $W$ of $C \times C$ numbers. If $W$ is a product of two thin factors, $W = A^\top U$ with $A$ and $U$ of
-# shape $(R,C)$, it costs $2RC$ numbers instead of $C^2$:
+# The plainest residual layer has one matrix $W$ of $C \times C$ numbers. If $W$ is a product of two thin factors, $W = A^\top U$
+# with $A$ and $U$ of shape $(R,C)$, it costs $2RC$ numbers instead of $C^2$:
 #
 # $$Y = X + X W = X + X (A^\top U) = X + (X A^\top)\, U .$$
 
@@ -41,13 +43,13 @@ Y = X + X @ (A.T @ U)
 assert close(Y, X + (X @ A.T) @ U)
 
 # %% [markdown]
-# Read token by token, this is a sum over $r$. Token $x_n$ asks each row $a_r$ of $A$ "how much of you is in me?" and adds the row $u_r$ of $U$ in
-# that amount:
+# Read token by token, this is a sum over $r$. Token $x_n$ asks each row $a_r$ of $A$ "how much of you is in me?" and adds the row
+# $u_r$ of $U$ in that amount:
 #
 # $$y_n = x_n + \sum_{r=1}^{R} s_{nr}\, u_r, \qquad s_{nr} = \langle x_n, a_r \rangle = \sum_{c=1}^{C} x_{nc}\, a_{rc} .$$
 #
-# The rows of $A$ are *routing bases*, those of $U$ *residual directions*, and $s_{nr}$ is the *affinity* of token $n$ to component $r$. It is a
-# number with a sign: a token may add a direction or subtract it.
+# The rows of $A$ are *routing bases*, those of $U$ *residual directions*, and $s_{nr}$ is the *affinity* of token $n$ to
+# component $r$. It is a number with a sign: a token may add a direction or subtract it.
 
 # %%
 for n in range(N):
@@ -60,12 +62,14 @@ for n in range(N):
 # %% [markdown]
 # ## 2. The layer of CEA: normalized tokens, two scales, factors of the image's own
 #
-# CEA compares *normalized* tokens $\hat X = \mathrm{LayerNorm}(X)$, whose entries have mean 0 and variance 1, and divides by $\sqrt C$ and $\sqrt R$:
+# CEA compares *normalized* tokens $\hat X = \mathrm{LayerNorm}(X)$, whose entries have mean 0 and variance 1, and divides by
+# $\sqrt C$ and $\sqrt R$:
 #
 # $$S = \frac{\hat X A^\top}{\sqrt C}, \qquad Y = X + \frac{S\, U}{\sqrt R} .$$
 #
-# A sum of $C$ products of independent numbers of variance 1 has variance $C$, so that $s_{nr}$ has variance 1 after division by $\sqrt C$; in the same
-# way $\sqrt R$ keeps the sum over components at the size of one of them. (The scales are our choice, the abstract of the paper does not give them.)
+# A sum of $C$ products of independent numbers of variance 1 has variance $C$, so that $s_{nr}$ has variance 1 after division by
+# $\sqrt C$; in the same way $\sqrt R$ keeps the sum over components at the size of one of them. (The scales are our choice, the
+# abstract of the paper does not give them.)
 #
 # In the library these are [`affinity`](../tinycea/ops/reference.py) and [`combine`](../tinycea/ops/reference.py).
 
@@ -88,9 +92,11 @@ assert np.isclose(many.std(), a.std(ddof=1), rtol=0.01)
 
 # %% [markdown]
 # What makes it CEA: $A$ and $U$ are no parameters. They are written anew for each image $b$ (by the hyper-adapter of
-# [the next notebook](02_hyper_adapter.ipynb)), so they carry an index $b$. A parameter $A$ would be a static low-rank layer, such as LoRA:
+# [the next notebook](02_hyper_adapter.ipynb)), so they carry an index $b$. A parameter $A$ would be a static low-rank layer, such
+# as LoRA:
 #
-# $$s_{bnr} = \frac{1}{\sqrt C} \sum_c \hat x_{bnc}\, a_{brc}, \qquad y_{bnc} = x_{bnc} + \frac{1}{\sqrt R} \sum_r s_{bnr}\, u_{brc} .$$
+# $$s_{bnr} = \frac{1}{\sqrt C} \sum_c \hat x_{bnc}\, a_{brc}, \qquad
+# y_{bnc} = x_{bnc} + \frac{1}{\sqrt R} \sum_r s_{bnr}\, u_{brc} .$$
 #
 # [`assembly`](../tinycea/ops/reference.py) computes both at once. The same token gets another residual in another image:
 
@@ -112,8 +118,9 @@ assert np.abs((Y_b - X_b)[0, 0] - (Y_b - X_b)[1, 0]).max() > 0.1
 # %% [markdown]
 # ## 3. Rank: what such an update can and cannot do
 #
-# $\Delta X = S U / \sqrt R$ is a product through a bottleneck of $R$ columns. So its rank is at most $R$, and every token's residual is a combination of
-# the rows of $U$: projecting it onto their span changes nothing. With $\Pi = U^\top (U U^\top)^{-1} U$,
+# $\Delta X = S U / \sqrt R$ is a product through a bottleneck of $R$ columns. So its rank is at most $R$, and every token's
+# residual is a combination of the rows of $U$: projecting it onto their span changes nothing. With
+# $\Pi = U^\top (U U^\top)^{-1} U$,
 #
 # $$\operatorname{rank}(\Delta X) \le R, \qquad \Delta X\, \Pi = \Delta X .$$
 
@@ -135,7 +142,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The last curve falls at the end, too: normalized tokens sum to zero over their channels, so they span only $C - 1 = 15$ dimensions.
+# The last curve falls at the end, too: normalized tokens sum to zero over their channels, so they span only $C - 1 = 15$
+# dimensions.
 
 # %%
 assert np.linalg.matrix_rank(Xhat) == C - 1 and np.linalg.matrix_rank(update) == C - 1
@@ -143,14 +151,16 @@ assert np.linalg.matrix_rank(Xhat) == C - 1 and np.linalg.matrix_rank(update) ==
 # %% [markdown]
 # ## 4. What "signed" means: three rules for the same tokens
 #
-# Mixtures of experts turn affinities into *shares*: a softmax makes them positive and sum to 1, top-k keeps only the $k$ largest. CEA takes them as they are:
+# Mixtures of experts turn affinities into *shares*: a softmax makes them positive and sum to 1, top-k keeps only the $k$ largest.
+# CEA takes them as they are:
 #
 # $$\Delta x_n = \sum_r w_{nr} u_r, \qquad
 # w_{nr} = s_{nr} \;\text{(signed)}, \quad
 # w_{nr} = \frac{e^{s_{nr}}}{\sum_{q} e^{s_{nq}}} \;\text{(softmax)}, \quad
 # w_{nr} = \frac{[r \in \text{top } k]\; e^{s_{nr}}}{\sum_{q \in \text{top } k} e^{s_{nq}}} \;\text{(top-k)} .$$
 #
-# The library has both other rules for comparison, in [`topk_softmax`](../tinycea/ops/reference.py): softmax is top-k with $k = R$.
+# The library has both other rules for comparison, in [`topk_softmax`](../tinycea/ops/reference.py): softmax is top-k with
+# $k = R$.
 
 # %%
 E = np.exp(S)
@@ -164,8 +174,8 @@ assert close(softmax, ops.topk_softmax(S[None], R)[0])
 assert close(topk, ops.topk_softmax(S[None], k)[0])
 
 # %% [markdown]
-# With $C = 2$ all of it fits into a picture. Tokens stand on a grid; the three thick arrows are the residual directions, and here each routing basis equals its
-# direction ($a_r = u_r$). Each thin arrow is a token's residual.
+# With $C = 2$ all of it fits into a picture. Tokens stand on a grid; the three thick arrows are the residual directions, and here
+# each routing basis equals its direction ($a_r = u_r$). Each thin arrow is a token's residual.
 
 # %%
 grid = np.stack(np.meshgrid(np.linspace(-2, 2, 10), np.linspace(-2, 2, 10)), -1).reshape(-1, 2)
@@ -187,8 +197,10 @@ axes[0].set_ylabel("channel 2")
 plt.show()
 
 # %% [markdown]
-# - **Signed**: a linear field. Opposite tokens get opposite residuals, tokens far from the origin get large ones, and a token at the origin gets none.
-# - **Softmax**: every residual is an average of $u_1, u_2, u_3$, so none points downward, not even for the tokens at the bottom: they can only choose what hurts least.
+# - **Signed**: a linear field. Opposite tokens get opposite residuals, tokens far from the origin get large ones, and a token at
+#   the origin gets none.
+# - **Softmax**: every residual is an average of $u_1, u_2, u_3$, so none points downward, not even for the tokens at the bottom:
+#   they can only choose what hurts least.
 # - **Top-1**: three constant residuals, and a jump where the winner changes.
 
 # %%
@@ -200,7 +212,8 @@ print(f"share of negative affinities on random data: {np.mean(S_b < 0):.2f}")
 assert 0.4 < np.mean(S_b < 0) < 0.6
 
 # %% [markdown]
-# The jump is a true discontinuity. On the line between the sectors of $u_1$ and $u_2$ a step of $10^{-9}$ across it turns the residual:
+# The jump is a true discontinuity. On the line between the sectors of $u_1$ and $u_2$ a step of $10^{-9}$ across it turns the
+# residual:
 
 # %%
 bisector = U_2[0] + U_2[1]
@@ -217,13 +230,15 @@ assert jump["top-1"] > 1 and jump["softmax"] < 1e-8 and jump["signed"] < 1e-8
 # %% [markdown]
 # ## 5. The gradient, index by index, then as matrices
 #
-# Let $L$ be any number computed from $Y$, and write $dY$ for $\partial L / \partial Y$ (in this project `dx` is always $\partial L/\partial x$, of $x$'s shape). The
-# chain rule sums over every place where a variable is used. For one image:
+# Let $L$ be any number computed from $Y$, and write $dY$ for $\partial L / \partial Y$ (in this project `dx` is always
+# $\partial L/\partial x$, of $x$'s shape). The chain rule sums over every place where a variable is used. For one image:
 #
 # $$y_{nc} = x_{nc} + \frac{1}{\sqrt R} \sum_r s_{nr} u_{rc} .$$
 #
-# - $u_{rc}$ is used by all tokens $n$, in channel $c$ alone, with the factor $s_{nr}/\sqrt R$. So $\;du_{rc} = \sum_n dy_{nc}\, s_{nr} / \sqrt R$.
-# - $s_{nr}$ is used by token $n$ alone, in all channels $c$, with the factor $u_{rc}/\sqrt R$. So $\;ds_{nr} = \sum_c dy_{nc}\, u_{rc} / \sqrt R$.
+# - $u_{rc}$ is used by all tokens $n$, in channel $c$ alone, with the factor $s_{nr}/\sqrt R$. So
+#   $\;du_{rc} = \sum_n dy_{nc}\, s_{nr} / \sqrt R$.
+# - $s_{nr}$ is used by token $n$ alone, in all channels $c$, with the factor $u_{rc}/\sqrt R$. So
+#   $\;ds_{nr} = \sum_c dy_{nc}\, u_{rc} / \sqrt R$.
 # - $x_{nc}$ is used once, with the factor 1: $\;dx_{nc} = dy_{nc}$.
 
 # %%
@@ -234,7 +249,8 @@ for n, r, c in np.ndindex(N, R, C):
     dS_loop[n, r] += dY[n, c] * U[r, c] / np.sqrt(R)
 
 # %% [markdown]
-# A sum over a shared index is a matrix product. The index that is summed over stands inside, and the result's indices stand outside:
+# A sum over a shared index is a matrix product. The index that is summed over stands inside, and the result's indices stand
+# outside:
 #
 # $$dX = dY, \qquad dS = \frac{dY\, U^\top}{\sqrt R}, \qquad dU = \frac{S^\top dY}{\sqrt R} .$$
 
@@ -248,7 +264,8 @@ dx_lib, dS_lib, dU_lib = ops.combine_backward(dY, ops.combine(X, S, U)[1])
 assert close(dx_lib, dY) and close(dS_lib, dS) and close(dU_lib, dU)
 
 # %% [markdown]
-# The same for $s_{nr} = \sum_c \hat x_{nc} a_{rc} / \sqrt C$: each $\hat x_{nc}$ is used by all components $r$, each $a_{rc}$ by all tokens $n$:
+# The same for $s_{nr} = \sum_c \hat x_{nc} a_{rc} / \sqrt C$: each $\hat x_{nc}$ is used by all components $r$, each $a_{rc}$ by
+# all tokens $n$:
 #
 # $$d\hat X = \frac{dS\, A}{\sqrt C}, \qquad dA = \frac{dS^\top \hat X}{\sqrt C} .$$
 
@@ -264,8 +281,8 @@ for mine, library in zip((dY, dXhat, dA, dU), ops.assembly_backward(dY[None], ca
     assert close(mine, library[0])
 
 # %% [markdown]
-# One entry against a difference quotient, by hand: move $a_{25}$ by $\pm h$ and see how much $L = \langle dY, Y \rangle$ changes. The layer is linear in $A$, so the
-# quotient is exact but for rounding.
+# One entry against a difference quotient, by hand: move $a_{25}$ by $\pm h$ and see how much $L = \langle dY, Y \rangle$ changes.
+# The layer is linear in $A$, so the quotient is exact but for rounding.
 #
 # $$\frac{\partial L}{\partial a_{25}} \approx \frac{L(a_{25} + h) - L(a_{25} - h)}{2h} .$$
 
@@ -281,11 +298,12 @@ print(f"by hand {dA[2, 5]:.9f}, difference quotient {quotient:.9f}")
 assert np.isclose(dA[2, 5], quotient, rtol=1e-6)
 
 # %% [markdown]
-# And all four arguments, along random directions, with the library's checker ([notebook 4](04_gradient_checking.ipynb) explains it):
+# And all four arguments, along random directions, with the library's checker ([notebook 4](04_gradient_checking.ipynb) explains
+# it):
 
 # %%
 small = {"x": X_b[:, :7], "xhat": Xhat_b[:, :7], "A": A_b, "U": U_b}
-rows = gradcheck.check(ops.assembly, ops.assembly_backward, small)
+rows = check_gradients(ops.assembly, ops.assembly_backward, small)
 for row in rows:
     print(f"{row.argument:5s} {row.analytic:+.6f} {row.numeric:+.6f}   relative error {row.relative_error:.0e}")
 assert all(row.passed for row in rows)
@@ -293,19 +311,21 @@ assert all(row.passed for row in rows)
 # %% [markdown]
 # ## Exercises
 #
-# **1.** How many numbers does an update of rank $R$ really have? $A$ and $U$ hold $2RC$, but many pairs give the same $M = A^\top U$. Compute the rank of the Jacobian of
-# $(A,U) \mapsto A^\top U$ at a random point and explain why it is $R(2C - R)$. (The solution is folded below; it runs with the notebook.)
+# **1.** How many numbers does an update of rank $R$ really have? $A$ and $U$ hold $2RC$, but many pairs give the same
+# $M = A^\top U$. Compute the rank of the Jacobian of $(A,U) \mapsto A^\top U$ at a random point and explain why it is
+# $R(2C - R)$. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
 # Solution
-# dM = dA^T U + A^T dU: one column of the Jacobian per entry of A and of U. Replacing A by G A and U by G^-T U, with any invertible
-# G of R x R numbers, leaves M as it is: R^2 of the 2 R C directions are lost.
+# dM = dA^T U + A^T dU: one column of the Jacobian per entry of A and of U. Replacing A by G A and U by G^-T U, with any
+# invertible G of R x R numbers, leaves M as it is: R^2 of the 2 R C directions are lost.
 basis = np.eye(R * C).reshape(R * C, R, C)
 jacobian = np.concatenate([(basis.swapaxes(1, 2) @ U).reshape(R * C, -1), (A.T @ basis).reshape(R * C, -1)])
 assert np.linalg.matrix_rank(jacobian) == R * (2 * C - R)
 
 # %% [markdown]
-# **2.** With top-1 the winner's share is always 1. What gradient do the affinities get? What does that mean for a router trained with top-1 and this rule alone?
+# **2.** With top-1 the winner's share is always 1. What gradient do the affinities get? What does that mean for a router trained
+# with top-1 and this rule alone?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -317,8 +337,8 @@ T, cache = ops.topk_softmax(S[None], 2)
 assert np.abs(ops.topk_softmax_backward(rng.normal(size=T.shape), cache)).max() > 0.01
 
 # %% [markdown]
-# **3.** Give every component a learned gate $\gamma_r$: $\;Y = X + (S \operatorname{diag}(\gamma))\, U / \sqrt R$. Derive $d\gamma$, $dS$ and $dU$ index by index, write them as matrices, and
-# check them with `gradcheck.check`.
+# **3.** Give every component a learned gate $\gamma_r$: $\;Y = X + (S \operatorname{diag}(\gamma))\, U / \sqrt R$. Derive
+# $d\gamma$, $dS$ and $dU$ index by index, write them as matrices, and check them with `check_gradients`.
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -333,5 +353,5 @@ def gated_backward(dY, cache):
     return dY, dT * gamma, (S * gamma).T @ dY / np.sqrt(len(U)), (dT * S).sum(0)
 
 
-rows = gradcheck.check(gated, gated_backward, {"X": X[:7], "S": S[:7], "U": U, "gamma": rng.normal(size=R)})
+rows = check_gradients(gated, gated_backward, {"X": X[:7], "S": S[:7], "U": U, "gamma": rng.normal(size=R)})
 assert all(row.passed for row in rows)

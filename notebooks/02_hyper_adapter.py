@@ -1,15 +1,18 @@
 # %% [markdown]
 # # 2. The hyper-adapter: how an image writes its own A and U
 #
-# [Notebook 1](01_token_assembly.ipynb) took the routing bases $A$ and the residual directions $U$ as given. Here a small network writes them: it looks at all $N$ tokens
-# of one image by *cross-attention* and makes from what it saw one row of $A$ and one row of $U$ for each of $R$ components. The claims:
+# [Notebook 1](01_token_assembly.ipynb) took the routing bases $A$ and the residual directions $U$ as given. Here a small network
+# writes them: it looks at all $N$ tokens of one image by *cross-attention* and makes from what it saw one row of $A$ and one row
+# of $U$ for each of $R$ components. The claims:
 #
 # 1. A learned query turns an image of any size into one vector: a weighted mean of its tokens.
 # 2. One summary per component, not one for all: with a shared summary, or with equal queries, the layer has rank 1.
 # 3. Heads let one summary take different channels from different places, at no extra multiply-adds.
-# 4. The softmax's backward is a centering, and $\operatorname{rowsum}(dP \circ P) = \operatorname{rowsum}(dZ \circ Z)$ makes it cheap.
+# 4. The softmax's backward is a centering, and $\operatorname{rowsum}(dP \circ P) = \operatorname{rowsum}(dZ \circ Z)$ makes it
+#    cheap.
 # 5. The backward of the whole layer is its forward read from the bottom up; $\hat X$ collects three gradients.
-# 6. With $W_U = 0$ the layer starts as the identity and still learns from its first step; with $W_A = 0$ as well it would never start.
+# 6. With $W_U = 0$ the layer starts as the identity and still learns from its first step; with $W_A = 0$ as well it would never
+#    start.
 #
 # `close` means: equal up to rounding in float64; $\circ$ is the entrywise product, rowsum the sum over the last axis.
 
@@ -19,7 +22,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import cea, gradcheck
+from tinycea import ablations, cea, gradcheck
 from tinycea.ops import reference as ops
 from tinycea.scenes import photographs
 
@@ -29,20 +32,21 @@ close = partial(np.allclose, rtol=1e-10, atol=1e-12)
 # %% [markdown]
 # ## 1. A probe that looks at an image
 #
-# A query $q$ (a vector of $D$ learned numbers) scores every token's *key* $k_n$ by a dot product. A softmax over the tokens turns the scores $l_n$ into shares, and the
-# summary is the mean of the tokens' *values* $v_n$ with these shares:
+# A query $q$ (a vector of $D$ learned numbers) scores every token's *key* $k_n$ by a dot product. A softmax over the tokens turns
+# the scores $l_n$ into shares, and the summary is the mean of the tokens' *values* $v_n$ with these shares:
 #
 # $$l_n = \frac{\langle q, k_n \rangle}{\sqrt D}, \qquad p_n = \frac{e^{l_n}}{\sum_m e^{l_m}}, \qquad z = \sum_n p_n v_n .$$
 #
-# With $R$ queries as the rows of $Q$ this is $P = \mathrm{softmax}(Q K^\top / \sqrt D)$ of shape $(R,N)$, $Z = P V$ of shape $(R,D)$: [`probe`](../tinycea/ops/reference.py)
-# (Vaswani et al. 2017 with learned queries). However large the image, $Z$ has the same size.
+# With $R$ queries as the rows of $Q$ this is $P = \mathrm{softmax}(Q K^\top / \sqrt D)$ of shape $(R,N)$, $Z = P V$ of shape
+# $(R,D)$: [`probe`](../tinycea/ops/reference.py) (Vaswani et al. 2017 with learned queries). However large the image, $Z$ has the
+# same size.
 
 # %%
 N, D, R = 50, 8, 3
 Q, K, V = (rng.normal(size=(n, D)) for n in (R, N, N))
 
-logits = Q @ K.T / np.sqrt(D)
-E = np.exp(logits - logits.max(1, keepdims=True))           # a softmax does not change when a constant is taken off
+l = Q @ K.T / np.sqrt(D)
+E = np.exp(l - l.max(1, keepdims=True))                     # a softmax does not change when a constant is taken off
 P = E / E.sum(1, keepdims=True)
 Z = P @ V
 
@@ -52,8 +56,9 @@ assert close(Z, Z_library[0]) and close(P, P_library[0, 0])
 assert close(P.sum(1), 1) and (P > 0).all()
 
 # %% [markdown]
-# What such a query sees is easiest to understand where a token is a color. Take each pixel's centered color as its key and the color itself as its value. Three queries point to
-# bright, to red and to blue; the swatch is the summary $z$, the mean color of what each of them looked at.
+# What such a query sees is easiest to understand where a token is a color. Take each pixel's centered color as its key and the
+# color itself as its value. Three queries point to bright, to red and to blue; the swatch is the summary $z$, the mean color of
+# what each of them looked at.
 
 # %%
 photo = photographs("test")["astronaut"][::4, ::4].astype(np.float64)
@@ -78,8 +83,8 @@ assert ((colors.min(0) <= z[0]) & (z[0] <= colors.max(0))).all()     # a mean li
 # %% [markdown]
 # ## 2. Why one summary per component
 #
-# The factors are linear in the summaries, row by row: $\;A = Z W_A,\; U = Z W_U$ with $W_A, W_U$ of shape $(D,C)$. All components share both matrices, so what distinguishes
-# component $r$ is its query alone. Three consequences, each executed:
+# The factors are linear in the summaries, row by row: $\;A = Z W_A,\; U = Z W_U$ with $W_A, W_U$ of shape $(D,C)$. All components
+# share both matrices, so what distinguishes component $r$ is its query alone. Three consequences, each executed:
 #
 # $$\text{all } q_r \text{ equal} \;\Rightarrow\; \operatorname{rank}(A^\top U) = 1, \qquad
 # Q = 0 \;\Rightarrow\; z_r = \tfrac1N \sum_n v_n, \qquad
@@ -109,14 +114,17 @@ assert np.linalg.matrix_rank(A.T @ U) == R
 assert close(A_moved, A[[2, 0, 1]]) and close(A_moved.T @ U_moved, A.T @ U)
 
 # %% [markdown]
-# The alternative, one summary for all components, would need matrices of its own for each of them to tell them apart, $R \cdot D \cdot C$ numbers instead of $D \cdot C$ for each factor; and all
-# its rows would be functions of the same $D$ numbers. Queries cost $R \cdot D$.
+# The alternative, one summary for all components, would need matrices of its own for each of them to tell them apart,
+# $R \cdot D \cdot C$ numbers instead of $D \cdot C$ for each factor; and all its rows would be functions of the same $D$ numbers.
+# Queries cost $R \cdot D$.
 #
 # ## 3. Heads
 #
-# $h$ heads split the $D$ channels into $h$ blocks of $D/h$. Each block has a softmax of its own (and the scale $\sqrt{D/h}$), and the blocks of the result are put side by side again:
+# $h$ heads split the $D$ channels into $h$ blocks of $D/h$. Each block has a softmax of its own (and the scale $\sqrt{D/h}$), and
+# the blocks of the result are put side by side again:
 #
-# $$P_i = \operatorname{softmax}\!\Big(\frac{Q_i K_i^\top}{\sqrt{D/h}}\Big), \qquad Z = [\,P_1 V_1 \;\big|\; \dots \;\big|\; P_h V_h\,] .$$
+# $$P_i = \operatorname{softmax}\!\Big(\frac{Q_i K_i^\top}{\sqrt{D/h}}\Big), \qquad
+# Z = [\,P_1 V_1 \;\big|\; \dots \;\big|\; P_h V_h\,] .$$
 #
 # The products have $R N D$ multiply-adds with any $h$; only the number of softmaxes grows.
 
@@ -127,8 +135,8 @@ Z_heads = np.concatenate([ops.probe(Q[:, i], K[None, :, i], V[None, :, i], 1)[0]
 assert close(Z_heads, ops.probe(Q, K[None], V[None], h)[0][0])
 
 # %% [markdown]
-# One head must take all channels from the same tokens. Let token 3 match the first block of the query and token 7 the second: two heads fetch one half of the value from each, one head
-# can only mix.
+# One head must take all channels from the same tokens. Let token 3 match the first block of the query and token 7 the second: two
+# heads fetch one half of the value from each, one head can only mix.
 
 # %%
 K_test = np.zeros((N, D))
@@ -147,7 +155,8 @@ assert close(one_head, (V[3] + V[7]) / 2)
 # \qquad\Longrightarrow\qquad
 # dl_m = \sum_n dp_n\, p_n (\delta_{nm} - p_m) = p_m \Big( dp_m - \sum_n dp_n\, p_n \Big) .$$
 #
-# In words: take the $p$-weighted mean off $dp$, then weigh with $p$. For rows: $dl = P \circ (dP - \operatorname{rowsum}(dP \circ P))$.
+# In words: take the $p$-weighted mean off $dp$, then weigh with $p$. For rows:
+# $dl = P \circ (dP - \operatorname{rowsum}(dP \circ P))$.
 
 # %%
 p, dp = P[0], rng.normal(size=N)
@@ -157,18 +166,25 @@ assert close(dl, dp @ jacobian)
 
 difference = np.empty((N, N))                               # the Jacobian by central differences, one column per logit
 for m, step in enumerate(1e-5 * np.eye(N)):
-    up, down = np.exp(logits[0] + step), np.exp(logits[0] - step)
+    up, down = np.exp(l[0] + step), np.exp(l[0] - step)
     difference[:, m] = (up / up.sum() - down / down.sum()) / 2e-5
 assert np.allclose(jacobian, difference, atol=1e-10)
 
 # %% [markdown]
-# **The products around it.** $Z = P V$ gives $dV = P^\top dZ$ and $dP = dZ\, V^\top$ as in notebook 1, and $l = Q K^\top / \sqrt D$ gives $dQ = dl\, K / \sqrt D$, $dK = dl^\top Q / \sqrt D$.
+# **The products around it.** $Z = P V$ gives $dV = P^\top dZ$ and $dP = dZ\, V^\top$ as in notebook 1, and
+# $l = Q K^\top / \sqrt D$ gives $dQ = dl\, K / \sqrt D$, $dK = dl^\top Q / \sqrt D$. Both need $dl / \sqrt D$, so that it gets a
+# name of its own, the one it has in [`probe_backward`](../tinycea/ops/reference.py):
+#
+# $$d\mathrm{logits} = P \circ (dP - \operatorname{rowsum}(dP \circ P)) / \sqrt D, \qquad dQ = d\mathrm{logits}\, K, \qquad
+# dK = d\mathrm{logits}^\top Q .$$
 #
 # **The identity.** The mean that is taken off need not be computed from $N$ terms, because
 #
-# $$\sum_n dP_{rn} P_{rn} = \sum_n \Big( \sum_d dZ_{rd} V_{nd} \Big) P_{rn} = \sum_d dZ_{rd} \sum_n P_{rn} V_{nd} = \sum_d dZ_{rd} Z_{rd} ,$$
+# $$\sum_n dP_{rn} P_{rn} = \sum_n \Big( \sum_d dZ_{rd} V_{nd} \Big) P_{rn} = \sum_d dZ_{rd} \sum_n P_{rn} V_{nd} =
+# \sum_d dZ_{rd} Z_{rd} ,$$
 #
-# that is, $\operatorname{rowsum}(dP \circ P) = \operatorname{rowsum}(dZ \circ Z)$: $R D$ multiply-adds instead of $R N$, and it is known before any token is looked at. A kernel that never stores $P$ lives on this.
+# that is, $\operatorname{rowsum}(dP \circ P) = \operatorname{rowsum}(dZ \circ Z)$: $R D$ multiply-adds instead of $R N$, and it
+# is known before any token is looked at. A kernel that never stores $P$ lives on this.
 
 # %%
 Z = P @ V
@@ -184,15 +200,16 @@ dK = dlogits.T @ Q
 # %%
 dQ_library, dK_library, dV_library = ops.probe_backward(dZ[None], ops.probe(Q, K[None], V[None], 1)[1])
 assert close(dQ, dQ_library) and close(dK, dK_library[0]) and close(dV, dV_library[0])
-rows = gradcheck.check(lambda *arrays: ops.probe(*arrays, 2), ops.probe_backward,
-                       {"Q": Q, "K": rng.normal(size=(2, 5, D)), "V": rng.normal(size=(2, 5, D))})
+rows = gradcheck.check_gradients(lambda *arrays: ops.probe(*arrays, 2), ops.probe_backward,
+                                 {"Q": Q, "K": rng.normal(size=(2, 5, D)), "V": rng.normal(size=(2, 5, D))})
 print({row.argument: f"{row.relative_error:.0e}" for row in rows}, "relative errors against central differences")
 assert all(row.passed for row in rows)
 
 # %% [markdown]
 # ## 5. The full layer, forward and backward
 #
-# One image, one head, every line under its equation. The library's [`cea`](../tinycea/cea.py) is the same for batches, heads and the switches of the ablation.
+# One image, one head, every line under its equation. The library's [`cea`](../tinycea/cea.py) is the same for batches and heads;
+# the switches of the ablation are in [`ablations.py`](../tinycea/ablations.py).
 #
 # $$\begin{aligned}
 # \hat X &= \mathrm{LayerNorm}(X) = w \circ \frac{X - \operatorname{mean}}{\operatorname{std}} + b \\
@@ -203,9 +220,8 @@ assert all(row.passed for row in rows)
 
 # %%
 H, W = 5, 7
-config = cea.CEAConfig(rank=R, heads=1, probe_channels=D)
 x = rng.normal(size=(1, H, W, C))
-p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, config).items()}
+p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, rank=R, heads=1, probe_channels=D).items()}
 w, b, W_K, W_V, Q, W_A, W_U = (p[name] for name in ("norm.weight", "norm.bias", "W_K", "W_V", "Q", "W_A", "W_U"))
 
 X = x.reshape(H * W, C)
@@ -225,20 +241,21 @@ S = Xhat @ A.T / np.sqrt(C)
 Y = X + S @ U / np.sqrt(R)
 
 # %%
-y, cache = cea.cea(x, p, config, ops)
+y, cache = cea.cea(x, p, heads=1, ops=ops)
 assert close(Y, y.reshape(H * W, C))
-written = cea.anatomy(cache)
+config = ablations.CEAConfig(rank=R, heads=1, probe_channels=D)         # no switch is set: the same layer
+written = ablations.anatomy(ablations.forward(x, p, config, ops)[1])
 assert all(close(mine, written[name].squeeze()) for name, mine in (("A", A), ("U", U), ("S", S), ("P", P)))
 
 # %% [markdown]
-# **Backward: the same lines from the bottom up.** A variable that was used more than once collects a sum. $Z$ was used for $A$ and $U$; $\hat X$ for $S$, $K$ and $V$; $X$ for the skip
-# connection and for the LayerNorm.
+# **Backward: the same lines from the bottom up.** A variable that was used more than once collects a sum. $Z$ was used for $A$
+# and $U$; $\hat X$ for $S$, $K$ and $V$; $X$ for the skip connection and for the LayerNorm.
 #
 # $$\begin{aligned}
 # dS &= dY\, U^\top / \sqrt R, & dU &= S^\top dY / \sqrt R, & dA &= dS^\top \hat X / \sqrt C \\
 # dW_U &= Z^\top dU, & dW_A &= Z^\top dA, & dZ &= dU\, W_U^\top + dA\, W_A^\top \\
-# dV &= P^\top dZ, & dl &= P \circ (dZ\, V^\top - \operatorname{rowsum}(dZ \circ Z)) / \sqrt D \\
-# dQ &= dl\, K, & dK &= dl^\top Q \\
+# dV &= P^\top dZ, & d\mathrm{logits} &= P \circ (dZ\, V^\top - \operatorname{rowsum}(dZ \circ Z)) / \sqrt D \\
+# dQ &= d\mathrm{logits}\, K, & dK &= d\mathrm{logits}^\top Q \\
 # dW_K &= \hat X^\top dK, & dW_V &= \hat X^\top dV, & d\hat X &= dS\, A / \sqrt C + dK\, W_K^\top + dV\, W_V^\top
 # \end{aligned}$$
 
@@ -253,19 +270,22 @@ dW_A = Z.T @ dA
 dZ = dU @ W_U.T + dA @ W_A.T
 
 dV = P.T @ dZ
-dl = P * (dZ @ V.T - (dZ * Z).sum(1, keepdims=True)) / np.sqrt(D)
-dQ = dl @ K
-dK = dl.T @ Q
+dlogits = P * (dZ @ V.T - (dZ * Z).sum(1, keepdims=True)) / np.sqrt(D)
+dQ = dlogits @ K
+dK = dlogits.T @ Q
 
 dW_K = Xhat.T @ dK
 dW_V = Xhat.T @ dV
 dXhat = dS @ A / np.sqrt(C) + dK @ W_K.T + dV @ W_V.T
 
 # %% [markdown]
-# **Through the LayerNorm.** For one token let $g = d\hat x \circ w$ be the gradient of the normalized token $\bar x = (x - \operatorname{mean} x)/\operatorname{std}$. The normalization forgets the token's mean
-# and its length, so the gradient must have no part along either: project both out, $\mathbf 1$ and $\bar x$, and divide by the standard deviation. Written out ([`layernorm_backward`](../tinycea/ops/reference.py)):
+# **Through the LayerNorm.** For one token let $g = d\hat x \circ w$ be the gradient of the normalized token
+# $\bar x = (x - \operatorname{mean} x)/\operatorname{std}$. The normalization forgets the token's mean and its length, so the
+# gradient must have no part along either: project both out, $\mathbf 1$ and $\bar x$, and divide by the standard deviation.
+# Written out ([`layernorm_backward`](../tinycea/ops/reference.py)):
 #
-# $$dx = \frac{1}{\operatorname{std}} \Big( g - \tfrac1C \sum_c g_c - \bar x\, \tfrac1C \sum_c g_c \bar x_c \Big), \qquad dw = \sum_n d\hat x_n \circ \bar x_n, \qquad db = \sum_n d\hat x_n .$$
+# $$dx = \frac{1}{\operatorname{std}} \Big( g - \tfrac1C \sum_c g_c - \bar x\, \tfrac1C \sum_c g_c \bar x_c \Big), \qquad
+# dw = \sum_n d\hat x_n \circ \bar x_n, \qquad db = \sum_n d\hat x_n .$$
 
 # %%
 dw = (dXhat * X_normal).sum(0)
@@ -289,7 +309,7 @@ assert by_hand.keys() == grads.keys() and all(close(by_hand[name], grads[name]) 
 # Both agree, but both were derived by the same hand. The third witness only evaluates the forward:
 
 # %%
-rows = gradcheck.check(*gradcheck.module(lambda x, p: cea.cea(x, p, config, ops), cea.cea_backward, x, p))
+rows = gradcheck.check_gradients(*gradcheck.module(lambda x, p: cea.cea(x, p, 1, ops), cea.cea_backward, x, p))
 for row in rows:
     print(f"{row.argument:12s} {row.analytic:+.8f} {row.numeric:+.8f}   relative error {row.relative_error:.0e}")
 assert all(row.passed for row in rows)
@@ -301,16 +321,17 @@ assert all(row.passed for row in rows)
 #
 # $$W_U = 0 \;\Rightarrow\; U = 0 \;\Rightarrow\; Y = X .$$
 #
-# Does it learn? Read the backward above with $U = 0$: $dS = 0$, so $dA = 0$; $dU = S^\top dY/\sqrt R$ is not zero, so $dW_U = Z^\top dU$ is not; but $dZ = dU\,W_U^\top + dA\,W_A^\top = 0$, and with it
-# everything in the probe. In the first step only $W_U$ moves; from the second step on, all do.
+# Does it learn? Read the backward above with $U = 0$: $dS = 0$, so $dA = 0$; $dU = S^\top dY/\sqrt R$ is not zero, so
+# $dW_U = Z^\top dU$ is not; but $dZ = dU\,W_U^\top + dA\,W_A^\top = 0$, and with it everything in the probe. In the first step
+# only $W_U$ moves; from the second step on, all do.
 
 # %%
-p = {name: np.empty(shape) for name, shape in cea.shapes(C, config).items()}
+p = {name: np.empty(shape) for name, shape in cea.shapes(C, rank=R, heads=1, probe_channels=D).items()}
 cea.init(p, rng)
 target = rng.normal(size=x.shape)
 history = []
 for step in range(6):
-    y, cache = cea.cea(x, p, config, ops)
+    y, cache = cea.cea(x, p, heads=1, ops=ops)
     if step == 0:
         assert np.array_equal(y, x)
     grads = {name: np.zeros_like(value) for name, value in p.items()}
@@ -331,11 +352,12 @@ figure.legend(loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# If $W_A$ were zero as well, then $S = 0$ and $U = 0$, so $dU = S^\top dY / \sqrt R = 0$ and $dA = 0$: every gradient of the layer vanishes, for any data. Zero a product in one factor only.
+# If $W_A$ were zero as well, then $S = 0$ and $U = 0$, so $dU = S^\top dY / \sqrt R = 0$ and $dA = 0$: every gradient of the
+# layer vanishes, for any data. Zero a product in one factor only.
 
 # %%
 p["W_A"][:], p["W_U"][:] = 0, 0
-y, cache = cea.cea(x, p, config, ops)
+y, cache = cea.cea(x, p, heads=1, ops=ops)
 grads = {name: np.zeros_like(value) for name, value in p.items()}
 dx = cea.cea_backward(rng.normal(size=x.shape), cache, grads)
 assert all(np.abs(value).max() == 0 for value in grads.values())
@@ -343,7 +365,8 @@ assert all(np.abs(value).max() == 0 for value in grads.values())
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Add one and the same vector to all keys. How does $P$ change? What must therefore be true of $\sum_n dk_n$? Check it on a batch of your own.
+# **1.** Add one and the same vector to all keys. How does $P$ change? What must therefore be true of $\sum_n dk_n$? Check it on a
+# batch of your own.
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -356,7 +379,8 @@ _, dK, _ = ops.probe_backward(rng.normal(size=Z.shape), cache)
 assert close(dK.sum(1), 0) and np.abs(dK).max() > 0.01
 
 # %% [markdown]
-# **2.** Give the softmax a learned sharpness, $p = \operatorname{softmax}(\tau\, l)$. Derive $d\tau$ and $dl$, write the pair and check it.
+# **2.** Give the softmax a learned sharpness, $p = \operatorname{softmax}(\tau\, l)$. Derive $d\tau$ and $dl$, write the pair and
+# check it.
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -373,12 +397,13 @@ def sharp_backward(dP, cache):
     return np.sum(dt * l), tau * dt
 
 
-rows = gradcheck.check(sharp, sharp_backward, {"tau": 1.3, "l": rng.normal(size=(3, 7))})
+rows = gradcheck.check_gradients(sharp, sharp_backward, {"tau": 1.3, "l": rng.normal(size=(3, 7))})
 assert all(row.passed for row in rows)
 
 # %% [markdown]
-# **3.** A GPU cannot hold $P$ for a million tokens. Compute $z$ for one query in chunks of 10 tokens, keeping only three things between them: the largest logit so far, the sum of
-# exponentials and the weighted sum of values. (This *online softmax* is how the probe can be run without ever storing an $N \times R$ matrix.)
+# **3.** A GPU cannot hold $P$ for a million tokens. Compute $z$ for one query in chunks of 10 tokens, keeping only three things
+# between them: the largest logit so far, the sum of exponentials and the weighted sum of values. (This *online softmax* is how
+# the probe can be run without ever storing an $N \times R$ matrix.)
 
 # %% jupyter={"source_hidden": true}
 # Solution

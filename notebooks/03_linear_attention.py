@@ -1,14 +1,17 @@
 # %% [markdown]
 # # 3. Linear attention: the same layer, read as a memory that an image writes and its tokens read
 #
-# *Attention* lets a *query* look up a mix of *values*: each value comes with a *key*, and the more the query resembles a key, the more of its value enters the mix. In
-# Continuous Expert Assembly (CEA) the tokens are the queries, the rows $a_r$ of $A$ are the keys and the rows $u_r$ of $U$ are the values, $R$ pairs in all. The claims:
+# *Attention* lets a *query* look up a mix of *values*: each value comes with a *key*, and the more the query resembles a key, the
+# more of its value enters the mix. In Continuous Expert Assembly (CEA) the tokens are the queries, the rows $a_r$ of $A$ are the
+# keys and the rows $u_r$ of $U$ are the values, $R$ pairs in all. The claims:
 #
-# 1. Softmax attention is attention with the kernel $e^{\langle x, a\rangle/\sqrt C}$. Take $\phi$ = identity for its feature map and drop the normalizer: that is CEA.
+# 1. Softmax attention is attention with the kernel $e^{\langle x, a\rangle/\sqrt C}$. Take $\phi$ = identity for its feature map
+#    and drop the normalizer: that is CEA.
 # 2. The pairs can be written into one matrix $M$, the *fast weight*, by $R$ outer products, and then be read by $N$ tokens.
-# 3. Of the two orders of the product, $M$ first needs fewer multiply-adds below $C = 2NR/(N+R)$ channels, about $2R$; measured times cross at about $3R$ for $R = 8$ and
-#    near $2R$ for larger $R$.
-# 4. Without the softmax the update is linear and odd in the token, and a change of basis of its factors leaves it as it is; with it, none of this holds.
+# 3. Of the two orders of the product, $M$ first needs fewer multiply-adds below $C = 2NR/(N+R)$ channels, about $2R$; measured
+#    times cross at about $3R$ for $R = 8$ and nearer $2R$ for $R = 32$.
+# 4. Without the softmax the update is linear and odd in the token, and a change of basis of its factors leaves it as it is; with
+#    it, none of this holds.
 # 5. What the missing normalizer costs is a bound on the size. The scales $1/\sqrt C$ and $1/\sqrt R$ answer for it on average.
 #
 # $A$ and $U$ are random here, or written by the layer itself in section 4; `close` means: equal up to rounding in float64.
@@ -24,7 +27,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"                    # one core for secti
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import cea
+from tinycea import ablations, cea
 from tinycea.ops import reference as ops
 
 rng = np.random.default_rng(0)
@@ -33,8 +36,8 @@ close = partial(np.allclose, rtol=1e-10, atol=1e-12)
 # %% [markdown]
 # ## 1. From softmax attention to CEA
 #
-# **Softmax attention.** The output for a token is a mean of the values. The share of $u_r$ grows with the affinity $s_{nr}$ of the token to the key (Vaswani et al. 2017, eq. 1). Tokens are
-# normalized as in [notebook 1](01_token_assembly.ipynb):
+# **Softmax attention.** The output for a token is a mean of the values. The share of $u_r$ grows with the affinity $s_{nr}$ of
+# the token to the key (Vaswani et al. 2017, eq. 1). Tokens are normalized as in [notebook 1](01_token_assembly.ipynb):
 #
 # $$y_n = \frac{\sum_r e^{s_{nr}}\, u_r}{\sum_r e^{s_{nr}}}, \qquad s_{nr} = \frac{\langle \hat x_n, a_r \rangle}{\sqrt C} .$$
 
@@ -53,15 +56,16 @@ S, _ = ops.affinity(Xhat, A)
 assert close(attention, ops.topk_softmax(S[None], R)[0][0] @ U)     # k = R: a softmax over all pairs
 
 # %% [markdown]
-# **A kernel.** The exponential only measures how similar a token and a key are. Put any function $\operatorname{sim}(x, a)$ in its place. If it is a dot product of *features*,
-# $\operatorname{sim}(x,a) = \langle \phi(x), \phi(a) \rangle$, the token can be taken out of both sums, and what is left inside them does not depend on the token any more
-# (Katharopoulos et al. 2020, eq. 4 and 5):
+# **A kernel.** The exponential only measures how similar a token and a key are. Put any function $\operatorname{sim}(x, a)$ in
+# its place. If it is a dot product of *features*, $\operatorname{sim}(x,a) = \langle \phi(x), \phi(a) \rangle$, the token can be
+# taken out of both sums, and what is left inside them does not depend on the token any more (Katharopoulos et al. 2020, eq. 4 and
+# 5):
 #
 # $$y(x) = \frac{\sum_r \operatorname{sim}(x, a_r)\, u_r}{\sum_r \operatorname{sim}(x, a_r)}
 # = \frac{\phi(x)^\top \big( \sum_r \phi(a_r)\, u_r^\top \big)}{\phi(x)^\top \sum_r \phi(a_r)} .$$
 #
-# The matrix in the big brackets and the vector below it are made once, then read by all tokens: that is why this is called *linear* attention. Its cost grows with the number of queries plus the number of
-# keys, no longer with their product.
+# The matrix in the big brackets and the vector below it are made once, then read by all tokens: that is why this is called
+# *linear* attention. Its cost grows with the number of queries plus the number of keys, no longer with their product.
 
 # %%
 def kernel_attention(phi, X, A, U):
@@ -78,8 +82,10 @@ def pair_by_pair(sim, X, A, U):
 assert close(attention, pair_by_pair(lambda x, a: np.exp(x @ a / np.sqrt(C)), Xhat, A, U))
 
 # %% [markdown]
-# **Features of the exponential.** From $e^s = \sum_k s^k / k!$ and $\langle x, a \rangle^k = \langle x^{\otimes k}, a^{\otimes k} \rangle$, where $x^{\otimes k}$ lists all $C^k$ products of $k$ entries of
-# $x$, the features are all these products, up to order $K$. With $x' = x / C^{1/4}$, so that $\langle x', a' \rangle = s$:
+# **Features of the exponential.** From $e^s = \sum_k s^k / k!$ and
+# $\langle x, a \rangle^k = \langle x^{\otimes k}, a^{\otimes k} \rangle$, where $x^{\otimes k}$ lists all $C^k$ products of $k$
+# entries of $x$, the features are all these products, up to order $K$. With $x' = x / C^{1/4}$, so that
+# $\langle x', a' \rangle = s$:
 #
 # $$\phi_K(x) = \Big[\, 1,\;\; x',\;\; \tfrac{x' \otimes x'}{\sqrt{2!}},\;\; \dots,\;\; \tfrac{x'^{\otimes K}}{\sqrt{K!}} \,\Big],
 # \qquad \langle \phi_K(x), \phi_K(a) \rangle = \sum_{k=0}^{K} \frac{s^k}{k!} .$$
@@ -104,7 +110,8 @@ assert close(kernel_attention(partial(taylor, 4), Xhat, A, U), direct)
 #
 # $$\Big| e^s - \sum_{k=0}^{K} \frac{s^k}{k!} \Big| \le e^{|s|}\, \frac{|s|^{K+1}}{(K+1)!} .$$
 #
-# So linear attention with $\phi_K$ becomes softmax attention as $K$ grows, the sooner the smaller the affinities (here made smaller by halving the keys).
+# So linear attention with $\phi_K$ becomes softmax attention as $K$ grows, the sooner the smaller the affinities (here made
+# smaller by halving the keys).
 
 # %%
 for K in range(20):
@@ -125,9 +132,11 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# An odd order is a bad choice where affinities are large and negative: $1 + s$ is negative below $-1$, and the normalizer, a sum of such terms, can come close to zero. An even order stays positive:
+# An odd order is a bad choice where affinities are large and negative: $1 + s$ is negative below $-1$, and the normalizer, a sum
+# of such terms, can come close to zero. An even order stays positive:
 #
-# $$\sum_{k=0}^{K} \frac{s^k}{k!} > 0 \;\text{ for all } s \text{ if } K \text{ is even}, \qquad 1 + s < 0 \;\text{ for } s < -1 .$$
+# $$\sum_{k=0}^{K} \frac{s^k}{k!} > 0 \;\text{ for all } s \text{ if } K \text{ is even}, \qquad
+# 1 + s < 0 \;\text{ for } s < -1 .$$
 
 # %%
 line = np.linspace(-5, 5, 1001)
@@ -137,7 +146,8 @@ for K in range(9):
 assert (S < -1).any()
 
 # %% [markdown]
-# **Cheaper features.** $C^K$ features are too many. Katharopoulos et al. take as many as there are channels, and only keep them positive (eq. 7):
+# **Cheaper features.** $C^K$ features are too many. Katharopoulos et al. take as many as there are channels, and only keep them
+# positive (eq. 7):
 #
 # $$\phi(x) = \operatorname{elu}(x) + 1 = \begin{cases} x + 1 & x > 0 \\ e^x & x \le 0 \end{cases} .$$
 #
@@ -154,8 +164,9 @@ assert (elu_plus_1(Xhat) @ elu_plus_1(A).T > 0).all()
 assert np.abs(linear_attention - attention).max() > 0.1
 
 # %% [markdown]
-# **The identity, without a normalizer.** Now take $\phi(x) = x$. The similarity is the signed dot product. Its sum over $r$ may be zero or negative, so it is no use as a normalizer: leave it
-# out, and put constant scales in its place. What remains is the update of CEA:
+# **The identity, without a normalizer.** Now take $\phi(x) = x$. The similarity is the signed dot product. Its sum over $r$ may
+# be zero or negative, so it is no use as a normalizer: leave it out, and put constant scales in its place. What remains is the
+# update of CEA:
 #
 # $$\Delta x_n = \frac{1}{\sqrt{CR}}\; \hat x_n^\top \sum_r a_r\, u_r^\top = \frac{1}{\sqrt R} \sum_r s_{nr}\, u_r .$$
 
@@ -167,12 +178,16 @@ assert close(update, S @ U / np.sqrt(R))
 assert close(update, ops.combine(np.zeros((N, C)), S, U)[0])
 
 # %% [markdown]
-# It is the first-order term of softmax attention's numerator. For small affinities $\varepsilon s$ softmax attention as a whole is linear in them but for a constant, the mean $\bar u$ of the values:
+# It is the first-order term of softmax attention's numerator. For small affinities $\varepsilon s$ softmax attention as a whole
+# is linear in them but for a constant, the mean $\bar u$ of the values:
 #
-# $$\sum_r e^{s_{nr}}\, u_r = \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r + \dots, \qquad
-# \frac{\sum_r e^{\varepsilon s_{nr}}\, u_r}{\sum_r e^{\varepsilon s_{nr}}} = \bar u + \frac{\varepsilon}{R} \sum_r s_{nr} (u_r - \bar u) + O(\varepsilon^2) .$$
+# $$\sum_r e^{s_{nr}}\, u_r = \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r +
+# \dots, \qquad
+# \frac{\sum_r e^{\varepsilon s_{nr}}\, u_r}{\sum_r e^{\varepsilon s_{nr}}} = \bar u +
+# \frac{\varepsilon}{R} \sum_r s_{nr} (u_r - \bar u) + O(\varepsilon^2) .$$
 #
-# So a softmax adds $\bar u$ to every token, whatever it is, and uses the values only as far as they differ from each other. CEA adds no constant and takes the values as they are.
+# So a softmax adds $\bar u$ to every token, whatever it is, and uses the values only as far as they differ from each other. CEA
+# adds no constant and takes the values as they are.
 
 # %%
 order = [taylor(K, Xhat) @ taylor(K, A).T @ U for K in (0, 1)]
@@ -191,8 +206,9 @@ assert 95 < ratio < 105
 # %% [markdown]
 # ## 2. The fast weight: R writes, N reads
 #
-# The ordinary weights of a network change slowly, by training. $M$ is a weight matrix too, but one image writes it, and the next image writes another: a *fast weight* (Schmidhuber 1992;
-# Schlag et al. 2021). Each pair is one write, an outer product, and each token is one read:
+# The ordinary weights of a network change slowly, by training. $M$ is a weight matrix too, but one image writes it, and the next
+# image writes another: a *fast weight* (Schmidhuber 1992; Schlag et al. 2021). Each pair is one write, an outer product, and each
+# token is one read:
 #
 # $$M = \frac{1}{\sqrt{CR}} \sum_r a_r\, u_r^\top = \frac{A^\top U}{\sqrt{CR}}, \qquad y_n = x_n + M^\top \hat x_n .$$
 
@@ -209,8 +225,9 @@ Y = np.array([X[n] + M.T @ Xhat[n] for n in range(N)])      # N reads
 assert close(M, A.T @ U / np.sqrt(C * R)) and np.linalg.matrix_rank(M) == R
 
 # %% [markdown]
-# The library writes and reads in [`fast_weight`](../tinycea/ops/reference.py). [`assembly`](../tinycea/ops/reference.py) takes either this order or the one of notebook 1, whichever has fewer
-# multiply-adds, and says which in its cache. Here the fast weight is cheaper; with only 6 tokens it is not.
+# The library writes and reads in [`fast_weight`](../tinycea/ops/reference.py). [`assembly`](../tinycea/ops/reference.py) takes
+# either this order or the one of notebook 1, and says which in its cache. In `ops/reference.py` that is whichever has fewer
+# multiply-adds; `ops/cpu.py` has another rule (section 3). Here the fast weight is cheaper; with only 6 tokens it is not.
 
 # %%
 Y_library, (*_, M_library) = ops.fast_weight(X, Xhat, A, U)
@@ -223,7 +240,8 @@ for tokens, order in ((N, "fast weight first"), (6, "tokens first")):
 # %% [markdown]
 # ## 3. Two orders of one product
 #
-# A product of an $(I,J)$ matrix with a $(J,K)$ matrix takes $IJK$ *multiply-adds* (one product, added to a sum). Matrix products may be regrouped, but the two groupings do not cost the same:
+# A product of an $(I,J)$ matrix with a $(J,K)$ matrix takes $IJK$ *multiply-adds* (one product, added to a sum). Matrix products
+# may be regrouped, but the two groupings do not cost the same:
 #
 # $$\begin{aligned}
 # \text{tokens first:} \quad & (\hat X A^\top)\, U && NRC + NRC = 2NRC \text{ multiply-adds} \\
@@ -231,7 +249,8 @@ for tokens, order in ((N, "fast weight first"), (6, "tokens first")):
 # \text{equal at} \quad & C = C^* = \frac{2NR}{N+R} .
 # \end{aligned}$$
 #
-# With many more tokens than components, $C^*$ is just below $2R$. To count what the library really does, take an array that adds up its own matrix products:
+# With many more tokens than components, $C^*$ is just below $2R$. To count what `ops/reference.py` really does, take an array
+# that adds up its own matrix products:
 
 # %%
 class Counted(np.ndarray):
@@ -268,7 +287,8 @@ for C in (8, 23, 24, 25, 64):
     assert count(ops.assembly, x, xhat, A, U) == min(madds)
 
 # %% [markdown]
-# Multiply-adds are not time. So measure the bare products too: float32, one core, medians of 45 runs in which the two orders take turns.
+# Multiply-adds are not time. So measure the bare products too: float32, one core, medians of 45 runs in which the two orders take
+# turns.
 
 # %%
 def measure(N, R, channels, runs=45):
@@ -325,14 +345,18 @@ figure.suptitle(f"Below about 2R channels the fast weight is the cheaper order (
 plt.show()
 
 # %% [markdown]
-# Left of the crossing the fast weight is the cheaper order, right of it the tokens come first. Where the measured curves cross depends on $R$. On one core of an AMD EPYC with OpenBLAS, where this page
-# was made, it was at about $3R$ for $R = 8$, the default rank of the library, at about $2.3R$ for $R = 16$ and near $2R$ for $R = 32$ (all printed above; another machine will give other numbers). At
-# $C = 3R$ the fast weight takes 1.5 times as many multiply-adds in the same time: products that are only 8 columns wide are slow for their size. So [`assembly`](../tinycea/ops/cpu.py) of
-# `ops/cpu.py` does not count: it takes the fast weight below $C = 3R$, as measured, if there are also more than $C$ tokens. That rule fits $R = 8$; at $R = 32$ counting is closer.
+# Left of the crossing the fast weight is the cheaper order, right of it the tokens come first. Where the measured curves cross
+# depends on $R$. On one core of an AMD EPYC with OpenBLAS, with nothing else running, it was at about $3R$ for $R = 8$, the
+# default rank of the library, at about $2.3R$ for $R = 16$ and near $2R$ for $R = 32$ (one run is printed above; a busy machine,
+# or another one, gives other numbers). At $C = 3R$ the fast weight takes 1.5 times as many multiply-adds in the same time:
+# products that are only 8 columns wide are slow for their size. So [`assembly`](../tinycea/ops/cpu.py) of `ops/cpu.py` does not
+# count: it takes the fast weight below $C = 3R$, as measured, if there are also more than $C$ tokens. That rule fits $R = 8$; at
+# $R = 32$ counting is closer.
 #
 # ## 4. What the identity keeps and a softmax breaks
 #
-# Freeze $A$ and $U$ and call the update $f(\hat X; A, U)$. Let $\Pi$ be a permutation matrix of the pairs, $G$ any invertible matrix of $R \times R$ numbers. Then
+# Freeze $A$ and $U$ and call the update $f(\hat X; A, U)$. Let $\Pi$ be a permutation matrix of the pairs, $G$ any invertible
+# matrix of $R \times R$ numbers. Then
 #
 # $$\begin{aligned}
 # \text{permutation:} \quad & f(\hat X;\, \Pi A,\, \Pi U) = f(\hat X;\, A,\, U) \\
@@ -342,8 +366,10 @@ plt.show()
 # \text{rank:} \quad & \operatorname{rank} f(\hat X;\, A,\, U) \le R .
 # \end{aligned}$$
 #
-# *Gauge freedom* is the physicists' name for a change of description that changes nothing observable: $(\hat X A^\top G^\top)(G^{-\top} U) = \hat X A^\top U$. Only the product $A^\top U$ matters, not the
-# single pairs. A permutation is such a change, with $G = \Pi = \Pi^{-\top}$, and the softmax over $r$ respects it too; but since it compares single pairs, not any other $G$ in general.
+# *Gauge freedom* is the physicists' name for a change of description that changes nothing observable:
+# $(\hat X A^\top G^\top)(G^{-\top} U) = \hat X A^\top U$. Only the product $A^\top U$ matters, not the single pairs. A
+# permutation is such a change, with $G = \Pi = \Pi^{-\top}$, and the softmax over $r$ respects it too; but since it compares
+# single pairs, not any other $G$ in general.
 
 # %%
 N, C, R = 35, 12, 4
@@ -378,7 +404,8 @@ for f in (signed, softmax):
         table.setdefault(name, []).append(error)
 
 # %% [markdown]
-# The softmax can be neither odd nor linear, since it does not vanish at zero (unless the values cancel). A token without any affinity gets nothing from CEA, and the mean direction from a softmax:
+# The softmax can be neither odd nor linear, since it does not vanish at zero (unless the values cancel). A token without any
+# affinity gets nothing from CEA, and the mean direction from a softmax:
 #
 # $$f_{\text{signed}}(0) = 0, \qquad f_{\text{softmax}}(0) = \frac{1}{\sqrt R}\, \frac1R \sum_r u_r .$$
 
@@ -387,13 +414,15 @@ assert close(signed(0 * Xhat, A, U), 0)
 assert close(softmax(0 * Xhat, A, U), U[0].mean(0) / np.sqrt(R))
 
 # %% [markdown]
-# Now the whole layer $Y = \mathrm{CEA}(X)$ of [`cea.py`](../tinycea/cea.py), in which the probe of [notebook 2](02_hyper_adapter.ipynb) writes $A$ and $U$. The probe sums over all tokens, so it does not
-# see their order. Let $\sigma$ be a shuffle of the tokens:
+# Now the whole layer $Y = \mathrm{CEA}(X)$ of [`cea.py`](../tinycea/cea.py), in which the probe of
+# [notebook 2](02_hyper_adapter.ipynb) writes $A$ and $U$. The probe sums over all tokens, so it does not see their order. Let
+# $\sigma$ be a shuffle of the tokens:
 #
 # $$A(\sigma X) = A(X), \quad U(\sigma X) = U(X), \qquad \mathrm{CEA}(\sigma X) = \sigma\, \mathrm{CEA}(X) .$$
 #
-# The first two say that the factors are *invariant*, the last that the layer is *equivariant*: its output is shuffled in the same way. Pixels have neighbors only in the convolutions around it. But the layer is
-# neither odd nor linear in $X$, since $A$ and $U$ depend on $X$ as well:
+# The first two say that the factors are *invariant*, the last that the layer is *equivariant*: its output is shuffled in the same
+# way. Pixels have neighbors only in the convolutions around it. But the layer is neither odd nor linear in $X$, since $A$ and $U$
+# depend on $X$ as well:
 #
 # $$\mathrm{CEA}(-X) \ne -\mathrm{CEA}(X) .$$
 
@@ -407,21 +436,22 @@ def shuffled(x):
     return x.reshape(1, H * W, C)[:, sigma].reshape(x.shape)
 
 
-p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, cea.CEAConfig(rank=R)).items()}
+p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, rank=R).items()}
 p["norm.weight"], p["norm.bias"] = np.ones(C), np.zeros(C)  # with these, LayerNorm is odd; the probe is not
 for affinity in ("signed", "softmax"):
-    config = cea.CEAConfig(rank=R, affinity=affinity)
-    y, cache = cea.cea(x, p, config, ops)
-    y_shuffled, cache_shuffled = cea.cea(shuffled(x), p, config, ops)
-    y_minus, _ = cea.cea(-x, p, config, ops)
-    before, after = cea.anatomy(cache), cea.anatomy(cache_shuffled)
+    config = ablations.CEAConfig(rank=R, affinity=affinity)
+    y, cache = ablations.forward(x, p, config, ops)
+    y_shuffled, cache_shuffled = ablations.forward(shuffled(x), p, config, ops)
+    y_minus, _ = ablations.forward(-x, p, config, ops)
+    before, after = ablations.anatomy(cache), ablations.anatomy(cache_shuffled)
     for name, error in (("layer: A, U under a shuffle", max(relative(after[k], before[k]) for k in "AU")),
                         ("layer: Y under a shuffle", relative(y_shuffled - shuffled(x), shuffled(y - x))),
                         ("layer: oddness", relative(y_minus + x, x - y))):
         table.setdefault(name, []).append(error)
 
 # %% [markdown]
-# All of it in one table: the relative error of each equation, which is rounding where it holds. For the rank it is the singular value of index $R + 1$ relative to the first.
+# All of it in one table: the relative error of each equation, which is rounding where it holds. For the rank it is the singular
+# value of index $R + 1$ relative to the first.
 
 # %%
 print(f"{'':28s}{'signed':>8s}{'softmax':>10s}")
@@ -439,8 +469,9 @@ for name in table:
 # %% [markdown]
 # ## 5. What the missing normalizer costs
 #
-# A softmax divides by what it summed up, so its output is a mean of the values, as large as one of them at most. A plain sum grows with the number of its terms. For tokens with
-# entries of variance 1 and independent $a_{rc}$, $u_{rc}$ of variance 1, an entry of the update without scales has variance $C$ from the dot product, times $R$ from the sum over the pairs; constants can
+# A softmax divides by what it summed up, so its output is a mean of the values, as large as one of them at most. A plain sum
+# grows with the number of its terms. For tokens with entries of variance 1 and independent $a_{rc}$, $u_{rc}$ of variance 1, an
+# entry of the update without scales has variance $C$ from the dot product, times $R$ from the sum over the pairs; constants can
 # take the place of the normalizer:
 #
 # $$\operatorname{std}\Big( \sum_r \langle \hat x, a_r \rangle\, u_{rc} \Big) = \sqrt{CR}, \qquad
@@ -482,10 +513,12 @@ plt.show()
 # %% [markdown]
 # The softmax *shrinks* with $R$, since a mean of many independent values is small; CEA's scale does not.
 #
-# **What the scales do not give is a bound.** They hold for random pairs, on average. The most that is sure follows from the Cauchy-Schwarz inequality $|\langle x, a\rangle| \le |x|\,|a|$: a LayerNorm
-# with weight 1 and bias 0 gives a token the length $\sqrt C$ (the small constant under its root makes it a little less), and so
+# **What the scales do not give is a bound.** They hold for random pairs, on average. The most that is sure follows from the
+# Cauchy-Schwarz inequality $|\langle x, a\rangle| \le |x|\,|a|$: a LayerNorm with weight 1 and bias 0 gives a token the length
+# $\sqrt C$ (the small constant under its root makes it a little less), and so
 #
-# $$|\hat x_n| \le \sqrt C \quad\Longrightarrow\quad |s_{nr}| \le |a_r| \quad\Longrightarrow\quad |\Delta x_n| \le \frac{1}{\sqrt R} \sum_r |a_r|\,|u_r| .$$
+# $$|\hat x_n| \le \sqrt C \quad\Longrightarrow\quad |s_{nr}| \le |a_r| \quad\Longrightarrow\quad
+# |\Delta x_n| \le \frac{1}{\sqrt R} \sum_r |a_r|\,|u_r| .$$
 
 # %%
 Xhat, _ = ops.layernorm(rng.normal(size=(1, 5000, C)), np.ones(C), np.zeros(C))
@@ -501,8 +534,8 @@ along = Xhat[0, 0] * 3                                      # a key along the to
 assert np.isclose(ops.affinity(Xhat[0, :1], along[None])[0][0, 0], np.linalg.norm(along), rtol=1e-5)
 
 # %% [markdown]
-# The bound contains the $a_r$: whoever writes larger keys gets a larger update, without limit. A softmax *saturates*: with larger keys it only chooses more sharply, and what it returns is never longer
-# than the longest value. With a factor $t$ on all keys,
+# The bound contains the $a_r$: whoever writes larger keys gets a larger update, without limit. A softmax *saturates*: with larger
+# keys it only chooses more sharply, and what it returns is never longer than the longest value. With a factor $t$ on all keys,
 #
 # $$f_{\text{signed}}(\hat X;\, tA,\, U) = t\, f_{\text{signed}}(\hat X;\, A,\, U), \qquad
 # \sqrt R\; \big| f_{\text{softmax}}(\hat x_n;\, tA,\, U) \big| \le \max_r |u_r| .$$
@@ -517,18 +550,20 @@ for t in (1, 2, 4, 8, 16, 32, 64):
 assert sharp.mean() < 3 * np.linalg.norm(np.sqrt(R) * softmax(Xhat, A, U)[0], axis=1).mean()
 
 # %% [markdown]
-# In the whole layer, no image can write arbitrarily large keys: a summary $z_r$ is a mean of values $v_n = W_V^\top \hat x_n$ and so no longer than the longest of them. With one head, and with $\|W\|$ for the
-# largest factor by which $W$ stretches a vector (its first singular value), the weights alone bound the factors, for every image:
+# In the whole layer, no image can write arbitrarily large keys: a summary $z_r$ is a mean of values $v_n = W_V^\top \hat x_n$ and
+# so no longer than the longest of them. With one head, and with $\|W\|$ for the largest factor by which $W$ stretches a vector
+# (its first singular value), the weights alone bound the factors, for every image:
 #
 # $$|a_r| \le \sqrt C\, \|W_V\|\, \|W_A\|, \qquad |u_r| \le \sqrt C\, \|W_V\|\, \|W_U\| .$$
 #
-# But nothing except training keeps the weights small. With $W_U = 0$ ([notebook 2](02_hyper_adapter.ipynb), section 6) the layer starts from no update at all.
+# But nothing except training keeps the weights small. With $W_U = 0$ ([notebook 2](02_hyper_adapter.ipynb), section 6) the layer
+# starts from no update at all.
 
 # %%
 stretch = {name: np.linalg.norm(p[name], 2) for name in ("W_V", "W_A", "W_U")}
 for size in (1, 1e6):                                       # a LayerNorm forgets how large the features are
-    _, cache = cea.cea(size * x, p, cea.CEAConfig(rank=R, heads=1), ops)
-    for name, factor in cea.anatomy(cache).items():
+    _, cache = ablations.forward(size * x, p, ablations.CEAConfig(rank=R, heads=1), ops)
+    for name, factor in ablations.anatomy(cache).items():
         if name in "AU":
             longest = np.linalg.norm(factor[0], axis=1).max()
             assert longest <= np.sqrt(C) * stretch["W_V"] * stretch[f"W_{name}"]
@@ -537,9 +572,10 @@ for size in (1, 1e6):                                       # a LayerNorm forget
 #
 # ## Exercises
 #
-# **1.** Keys interfere: reading the sum of outer products $M = \sum_r a_r u_r^\top$ with a key gives a mix of all values, $M^\top a_q = \sum_r \langle a_r, a_q \rangle u_r$. The *delta rule*
-# (Schlag et al. 2021) writes only what is not known yet, $M \leftarrow M + a\,(u - M^\top a)^\top$ with keys of length 1.
-# Show that the last key then reads exactly its value, and compare the plain sum, with orthogonal keys and with others.
+# **1.** Keys interfere: reading the sum of outer products $M = \sum_r a_r u_r^\top$ with a key gives a mix of all values,
+# $M^\top a_q = \sum_r \langle a_r, a_q \rangle u_r$. The *delta rule* (Schlag et al. 2021) writes only what is not known yet,
+# $M \leftarrow M + a\,(u - M^\top a)^\top$ with keys of length 1. Show that the last key then reads exactly its value, and
+# compare the plain sum, with orthogonal keys and with others.
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -556,8 +592,8 @@ for a_r, is_orthogonal in ((keys, False), (orthogonal, True)):
     assert close(plain.T @ a, u) == is_orthogonal and close(plain, delta) == is_orthogonal
 
 # %% [markdown]
-# **2.** Gauge freedom lets us choose the nicest factors. From the singular value decomposition of $A^\top U$ make $A'$ and $U'$ whose rows are orthogonal and whose lengths agree, $|a'_r| = |u'_r|$, and
-# that give the same $Y$. Which $G$ leads there?
+# **2.** Gauge freedom lets us choose the nicest factors. From the singular value decomposition of $A^\top U$ make $A'$ and $U'$
+# whose rows are orthogonal and whose lengths agree, $|a'_r| = |u'_r|$, and that give the same $Y$. Which $G$ leads there?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -572,8 +608,8 @@ G = A_new @ np.linalg.pinv(A[0])
 assert close(G @ A[0], A_new) and close(np.linalg.inv(G).T @ U[0], U_new)
 
 # %% [markdown]
-# **3.** Count the multiply-adds of the backward in both orders, from the formulas in the docstrings of `affinity_backward`, `combine_backward` and `fast_weight_backward`. At which $C$ do they cross? Check your count
-# with `Counted`.
+# **3.** Count the multiply-adds of the backward in both orders, from the formulas in the docstrings of `affinity_backward`,
+# `combine_backward` and `fast_weight_backward`. At which $C$ do they cross? Check your count with `Counted`.
 
 # %% jupyter={"source_hidden": true}
 # Solution

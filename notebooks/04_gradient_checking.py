@@ -1,18 +1,22 @@
 # %% [markdown]
 # # 4. Gradient checking: how a derivative written by hand is held against its forward
 #
-# Every backward of this project was derived on paper, so each of them may be wrong. A wrong gradient rarely crashes: the loss still falls, only slower. The cure is a second way to
-# the same number that needs the forward alone. The claims:
+# Every backward of this project was derived on paper, so each of them may be wrong. A wrong gradient rarely crashes: the loss
+# still falls, only slower. The cure is a second way to the same number that needs the forward alone. The claims:
 #
-# 1. A difference quotient is best at one step size: near $\sqrt\epsilon$ (forward) or $\epsilon^{1/3}$ (central). The complex step has no such limit. Check in float64.
-# 2. A random direction checks all entries of an argument with two evaluations. It must be one argument at a time: a joint direction misses bugs.
+# 1. A difference quotient is best at one step size: near $\sqrt\epsilon$ (forward) or $\epsilon^{1/3}$ (central). The complex
+#    step has no such limit. Check in float64.
+# 2. A random direction checks all entries of an argument with two evaluations. It must be one argument at a time: a joint
+#    direction misses bugs.
 # 3. The upstream gradient must be random: ones hide a broken softmax.
 # 4. With the right gradient the Taylor remainder falls as $h^2$, with a wrong one as $h$.
 # 5. `tinycea.gradcheck` does all of this for any pair of functions, also for yours.
 #
-# A *pair* is a forward `y, cache = op(x, ...)` and its backward `dx, ... = op_backward(dy, cache)`, where $dy = \partial L/\partial y$ is the *upstream* gradient of some number $L$
-# and `dx` is $\partial L/\partial x$. $\epsilon$ is the distance from 1 to the next larger floating-point number: $2^{-52} \approx 2 \cdot 10^{-16}$ in float64, $2^{-23} \approx 10^{-7}$ in
-# float32. $\langle a, b \rangle$ is the sum of all products of entries. `close` means: equal up to rounding in float64.
+# A *pair* is a forward `y, cache = op(x, ...)` and its backward `dx, ... = op_backward(dy, cache)`, where
+# $dy = \partial L/\partial y$ is the *upstream* gradient of some number $L$ and `dx` is $\partial L/\partial x$. $\epsilon$ is
+# the distance from 1 to the next larger floating-point number: $2^{-52} \approx 2 \cdot 10^{-16}$ in float64,
+# $2^{-23} \approx 10^{-7}$ in float32. $\langle a, b \rangle$ is the sum of all products of entries. `close` means: equal up to
+# rounding in float64.
 
 # %%
 from functools import partial
@@ -20,7 +24,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import gradcheck
+from tinycea import cases, gradcheck
 from tinycea.ops import reference as ops
 
 rng = np.random.default_rng(0)
@@ -37,14 +41,16 @@ def rms(a):
 # %% [markdown]
 # ## 1. Three quotients and their errors
 #
-# The subject is LayerNorm, $y = \mathrm{layernorm}(x)$, which brings each token of $x$ to mean 0 and variance 1 ([`layernorm`](../tinycea/ops/reference.py)). To speak of *a* derivative we need
-# one number. Take, with a random $w$,
+# The subject is LayerNorm, $y = \mathrm{layernorm}(x)$, which brings each token of $x$ to mean 0 and variance 1
+# ([`layernorm`](../tinycea/ops/reference.py)). To speak of *a* derivative we need one number. Take, with a random $w$,
 #
 # $$L(y) = \langle w, y \rangle + \tfrac12 \langle y, y \rangle, \qquad dy = \frac{\partial L}{\partial y} = w + y .$$
 #
-# (Sections 3 and 4 explain why.) The backward turns $dy$ into $dx$. Along a direction $v$ of $x$'s shape it claims that $L$ has the slope
+# (Sections 3 and 4 explain why.) The backward turns $dy$ into $dx$. Along a direction $v$ of $x$'s shape it claims that $L$ has
+# the slope
 #
-# $$L' = \frac{d}{dh} L(x + h v) \Big|_{h=0} = \Big\langle \frac{\partial L}{\partial x}, v \Big\rangle = \langle dx, v \rangle .$$
+# $$L' = \frac{d}{dh} L(x + h v) \Big|_{h=0} = \Big\langle \frac{\partial L}{\partial x}, v \Big\rangle =
+# \langle dx, v \rangle .$$
 
 # %%
 def single(*shape):
@@ -79,16 +85,19 @@ difference = [(loss(x + 1e-5 * v) - loss(x - 1e-5 * v)) / 2e-5 for v in directio
 assert np.allclose(exact, difference, rtol=1e-8)
 
 # %% [markdown]
-# Write $L(h)$ for $L(x + hv)$; its Taylor series is $L(h) = L + h L' + \tfrac{h^2}{2} L'' + \tfrac{h^3}{6} L''' + \dots$ Three ways to get $L'$ out of values of $L$, and what each leaves over:
+# Write $L(h)$ for $L(x + hv)$; its Taylor series is $L(h) = L + h L' + \tfrac{h^2}{2} L'' + \tfrac{h^3}{6} L''' + \dots$ Three
+# ways to get $L'$ out of values of $L$, and what each leaves over:
 #
 # $$\frac{L(h) - L(0)}{h} \approx L' + \frac h2 L'', \qquad
 # \frac{L(h) - L(-h)}{2h} \approx L' + \frac{h^2}{6} L''', \qquad
 # \frac{\operatorname{Im} L(ih)}{h} \approx L' - \frac{h^2}{6} L''' .$$
 #
-# The first is the *forward*, the second the *central* difference: its even terms cancel. The third, the *complex step*, moves $x$ along the imaginary axis. There $h$ becomes $ih$, so
-# the term $L$ is real, $ihL'$ imaginary, $-\tfrac{h^2}{2} L''$ real, $-\tfrac{ih^3}{6} L'''$ imaginary: $L'$ is read off the imaginary part, and no two numbers are subtracted.
+# The first is the *forward*, the second the *central* difference: its even terms cancel. The third, the *complex step*, moves $x$
+# along the imaginary axis. There $h$ becomes $ih$, so the term $L$ is real, $ihL'$ imaginary, $-\tfrac{h^2}{2} L''$ real,
+# $-\tfrac{ih^3}{6} L'''$ imaginary: $L'$ is read off the imaginary part, and no two numbers are subtracted.
 #
-# What a quotient leaves over is its *truncation error*. To see all three we need $L''$ and $L'''$; the backward at $x \pm tv$ gives them.
+# What a quotient leaves over is its *truncation error*. To see all three we need $L''$ and $L'''$; the backward at $x \pm tv$
+# gives them.
 
 # %%
 def forward(h, v, x=x):
@@ -118,14 +127,17 @@ for method, truncation in ((forward, h / 2 * second), (central, h**2 / 6 * third
     assert rms(error - truncation) < 0.01 * rms(truncation)
 
 # %% [markdown]
-# So a smaller step is better, until rounding takes over. $L$ is known only to about $\epsilon |L|$, and the quotient divides this by $h$:
+# So a smaller step is better, until rounding takes over. $L$ is known only to about $\epsilon |L|$, and the quotient divides this
+# by $h$:
 #
-# $$E_{\text{forward}}(h) \approx \frac h2 |L''| + \frac{\epsilon |L|}{h}, \qquad E_{\text{central}}(h) \approx \frac{h^2}{6} |L'''| + \frac{\epsilon |L|}{h} .$$
+# $$E_{\text{forward}}(h) \approx \frac h2 |L''| + \frac{\epsilon |L|}{h}, \qquad
+# E_{\text{central}}(h) \approx \frac{h^2}{6} |L'''| + \frac{\epsilon |L|}{h} .$$
 #
 # One term rises with $h$, the other falls: a V on logarithmic axes. Where the derivative of $E$ is zero, it is smallest:
 #
 # $$h_{\text{forward}} = \sqrt{\frac{2 \epsilon |L|}{|L''|}} \sim \sqrt\epsilon, \quad E = h\, |L''| \sim \sqrt\epsilon, \qquad
-# h_{\text{central}} = \Big( \frac{3 \epsilon |L|}{|L'''|} \Big)^{1/3} \sim \epsilon^{1/3}, \quad E = \tfrac12 h^2 |L'''| \sim \epsilon^{2/3} .$$
+# h_{\text{central}} = \Big( \frac{3 \epsilon |L|}{|L'''|} \Big)^{1/3} \sim \epsilon^{1/3}, \quad
+# E = \tfrac12 h^2 |L'''| \sim \epsilon^{2/3} .$$
 #
 # The complex step subtracts nothing, so it has no second term. First the formulas against a search over a fine grid:
 
@@ -200,9 +212,11 @@ assert np.isclose(complex_step(1e-100, directions[0]), exact[0], rtol=1e-14)    
 # %% [markdown]
 # Two conclusions:
 #
-# - **Check in float64.** In float32 even the best central difference of this small op is wrong in the fifth digit. A gradient that is wrong by 0.001 % would look just as good.
-# - **The complex step is the best of the three, where it works**: the code must be *analytic*, built from functions with a Taylor series in a complex variable. $|y|$, a conjugate or a comparison such as
-#   `maximum` is not, and NumPy does not complain: it returns a wrong number. With $|y|^2$ in place of $y^2$ our $L$ loses the derivative of its second term:
+# - **Check in float64.** In float32 even the best central difference of this small op is wrong in the fifth digit. A gradient
+#   that is wrong by 0.001 % would look just as good.
+# - **The complex step is the best of the three, where it works**: the code must be *analytic*, built from functions with a Taylor
+#   series in a complex variable. $|y|$, a conjugate or a comparison such as `maximum` is not, and NumPy does not complain: it
+#   returns a wrong number. With $|y|^2$ in place of $y^2$ our $L$ loses the derivative of its second term:
 
 # %%
 v = directions[0]
@@ -216,18 +230,21 @@ print(f"exact {exact[0]:.6f}, with y y {right:.6f}, with |y|^2 {wrong:.6f}")
 assert close(right, exact[0]) and close(wrong, without_second_term) and abs(wrong - exact[0]) > 0.1
 
 # %% [markdown]
-# So [`gradcheck.py`](../tinycea/gradcheck.py) takes the central difference in float64, which asks nothing of the forward. Its step is $10^{-4}$ with directions of length 1. That is to the
-# right of the best step found above, on purpose:
+# So [`gradcheck.py`](../tinycea/gradcheck.py) takes the central difference in float64, which asks nothing of the forward. Its
+# step is $10^{-4}$ with directions of length 1. That is to the right of the best step found above, on purpose:
 #
-# - There the error is truncation, smooth and known ($\sim h^2$). Rounding grows with the op: a network adds up more and larger numbers than one LayerNorm.
-# - The same steps serve the Taylor remainder of section 4, which is about $h^2$ in size and drowns in rounding when $h$ is too small.
+# - There the error is truncation, smooth and known ($\sim h^2$). Rounding grows with the op: a network adds up more and larger
+#   numbers than one LayerNorm.
+# - The same steps serve the Taylor remainder of section 4, which is about $h^2$ in size and drowns in rounding when $h$ is too
+#   small.
 #
 # It also computes the difference of two values of $L$ so that fewer digits are lost. With $a = y(x + hv)$ and $b = y(x - hv)$:
 #
 # $$L(a) - L(b) = \Big\langle w + \frac{a + b}{2},\; a - b \Big\rangle .$$
 #
-# The small differences $a - b$ are taken entry by entry, before anything is summed. With 20,000 tokens, where $L$ is large, both points can be seen. Rounding has moved the best step
-# to the right, so that $10^{-4}$ lies between that of a small op and that of a large one; and the inner product has less than a tenth of the rounding error.
+# The small differences $a - b$ are taken entry by entry, before anything is summed. With 20,000 tokens, where $L$ is large, both
+# points can be seen. Rounding has moved the best step to the right, so that $10^{-4}$ lies between that of a small op and that of
+# a large one; and the inner product has less than a tenth of the rounding error.
 
 # %%
 x_many, w_many = rng.normal(size=(2, 20_000, C))
@@ -256,12 +273,15 @@ assert rms([central(1e-4, v) - e for v, e in zip(directions, exact)]) < 1e-8 * r
 # %% [markdown]
 # ## 2. One direction per argument
 #
-# A gradient of $n$ entries takes $2n$ evaluations when each entry is moved on its own; one direction $v$ takes two, whatever $n$. Does it see an error $e$ in the gradient? For a random $v$ of
-# length 1 the mean of $\langle e, v \rangle^2$ is the same in all directions of $e$, so
+# A gradient of $n$ entries takes $2n$ evaluations when each entry is moved on its own; one direction $v$ takes two, whatever $n$.
+# Does it see an error $e$ in the gradient? For a random $v$ of length 1 the mean of $\langle e, v \rangle^2$ is the same in all
+# directions of $e$, so
 #
-# $$\operatorname{mean} \langle e, v \rangle^2 = \frac{|e|^2}{n}, \qquad \operatorname{mean} \langle dx, v \rangle^2 = \frac{|dx|^2}{n} .$$
+# $$\operatorname{mean} \langle e, v \rangle^2 = \frac{|e|^2}{n}, \qquad
+# \operatorname{mean} \langle dx, v \rangle^2 = \frac{|dx|^2}{n} .$$
 #
-# An error of 1 % of the gradient's length is about 1 % of its slope, wherever it sits. A few directions make sure that no unlucky one decides; `gradcheck` takes four.
+# An error of 1 % of the gradient's length is about 1 % of its slope, wherever it sits. A few directions make sure that no unlucky
+# one decides; `gradcheck` takes four.
 
 # %%
 y, cache = ops.layernorm(x, weight, bias)
@@ -276,10 +296,12 @@ assert np.isclose(np.mean(seen_dx**2), dot(dx, dx) / dx.size, rtol=0.03)
 print(f"relative error, as seen along random directions: {rms(seen_e) / rms(seen_dx):.4f}")
 
 # %% [markdown]
-# Where there are few entries, we can afford all of them, and all outputs as well. The *Jacobian* $J$ has one row per output and one column per input. The forward, moved along the unit
-# vector of input $j$, gives column $j$; the backward, fed the unit vector of output $i$ as upstream, gives row $i$:
+# Where there are few entries, we can afford all of them, and all outputs as well. The *Jacobian* $J$ has one row per output and
+# one column per input. The forward, moved along the unit vector of input $j$, gives column $j$; the backward, fed the unit vector
+# of output $i$ as upstream, gives row $i$:
 #
-# $$J_{ij} = \frac{\partial y_i}{\partial x_j} \approx \frac{y_i(x + h e_j) - y_i(x - h e_j)}{2h}, \qquad dx_j = \sum_i dy_i\, J_{ij} .$$
+# $$J_{ij} = \frac{\partial y_i}{\partial x_j} \approx \frac{y_i(x + h e_j) - y_i(x - h e_j)}{2h}, \qquad
+# dx_j = \sum_i dy_i\, J_{ij} .$$
 
 # %%
 def norm3(x):
@@ -296,12 +318,14 @@ upstream = rng.normal(size=6)
 assert close(upstream @ by_backward, ops.layernorm_backward(upstream.reshape(2, 3), cache3)[0].ravel())
 
 # %% [markdown]
-# **Why not move all arguments at once?** It would be cheaper still. Take a linear map $y = xW + b$ and a direction $(v_x, v_W, v_b)$:
+# **Why not move all arguments at once?** It would be cheaper still. Take a linear map $y = xW + b$ and a direction
+# $(v_x, v_W, v_b)$:
 #
 # $$L' = \langle dx, v_x \rangle + \langle dW, v_W \rangle + \langle db, v_b \rangle .$$
 #
-# The sum is as large as its largest term. Say that the first of six inputs is a frequency in Hz, about $10^7$, and that its weights are about $10^{-7}$ to match. Then $y$ is
-# of ordinary size, but $dW = x^\top dy$ is about $10^7$ times larger than $db = \sum dy$, and an error in $db$ is lost in the eighth digit.
+# The sum is as large as its largest term. Say that the first of six inputs is a frequency in Hz, about $10^7$, and that its
+# weights are about $10^{-7}$ to match. Then $y$ is of ordinary size, but $dW = x^\top dy$ is about $10^7$ times larger than
+# $db = \sum dy$, and an error in $db$ is lost in the eighth digit.
 
 # %%
 inputs = {"x": rng.normal(size=(9, 6)), "weight": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)}
@@ -338,14 +362,15 @@ assert close(sum(terms), dot(dy, change))
 assert abs(terms[2]) < 1e-6 * abs(terms[1])
 
 # %% [markdown]
-# Here are three backwards, the right one, one with $db$ 50 % too large and one that drops it. `check` on the packed vector `z` is the joint check; `check` on the three arguments moves one at a time.
+# Here are three backwards, the right one, one with $db$ 50 % too large and one that drops it. `check_gradients` on the packed
+# vector `z` is the joint check; on the three arguments moves one at a time.
 
 # %%
 for factor in (1, 1.5, 0):
     backward = linear_with(factor)
-    joint, = gradcheck.check(lambda z: ops.linear(*unpack(z)), lambda dy, cache: pack(backward(dy, cache)),
+    joint, = gradcheck.check_gradients(lambda z: ops.linear(*unpack(z)), lambda dy, cache: pack(backward(dy, cache)),
                              {"z": pack(inputs.values())})
-    rows = {row.argument: row for row in gradcheck.check(ops.linear, backward, inputs)}
+    rows = {row.argument: row for row in gradcheck.check_gradients(ops.linear, backward, inputs)}
     print(f"db times {factor}: joint error {joint.relative_error:.0e}, passed: {joint.passed}")
     print("    one by one:", ", ".join(f"{name} {row.relative_error:.0e}" for name, row in rows.items()))
     assert joint.passed and joint.relative_error < 1e-6     # the joint check passes all three
@@ -355,17 +380,21 @@ for factor in (1, 1.5, 0):
 # %% [markdown]
 # ## 3. Ones as upstream hide a broken softmax
 #
-# It is tempting to sum the outputs, $L = \sum y$, that is, to send ones upstream. Take the softmax over $R$ affinities, $T_{nr} = e^{s_{nr}} / \sum_q e^{s_{nq}}$, and the LayerNorm with weight 1 and
-# bias 0, here called $\hat x$. Their rows sum to a constant, whatever the input:
+# It is tempting to sum the outputs, $L = \sum y$, that is, to send ones upstream. Take the softmax over $R$ affinities,
+# $T_{nr} = e^{s_{nr}} / \sum_q e^{s_{nq}}$, and the LayerNorm with weight 1 and bias 0, here called $\hat x$. Their rows sum to a
+# constant, whatever the input:
 #
 # $$\sum_r T_{nr} = 1, \qquad \sum_c \hat x_{nc} = 0 .$$
 #
-# So with ones upstream the gradient is zero. In the softmax's backward ([notebook 2](02_hyper_adapter.ipynb)) and the LayerNorm's it is plain to see:
+# So with ones upstream the gradient is zero. In the softmax's backward ([notebook 2](02_hyper_adapter.ipynb)) and the LayerNorm's
+# it is plain to see:
 #
 # $$dS = T \circ \big( dT - \operatorname{rowsum}(dT \circ T) \big) \;\overset{dT = 1}{=}\; T \circ (1 - 1) = 0, \qquad
-# dx = \frac{1}{\operatorname{std}} \Big( g - \operatorname{mean} g - \hat x \operatorname{mean}(g \circ \hat x) \Big) \;\overset{g = 1}{=}\; \frac{1 - 1 - 0}{\operatorname{std}} = 0 .$$
+# dx = \frac{1}{\operatorname{std}} \Big( g - \operatorname{mean} g - \hat x \operatorname{mean}(g \circ \hat x) \Big)
+# \;\overset{g = 1}{=}\; \frac{1 - 1 - 0}{\operatorname{std}} = 0 .$$
 #
-# Any backward that returns zero for ones passes: one that returns zeros always, one that takes off the plain mean of $dT$ instead of the weighted sum, one that drops LayerNorm's last term.
+# Any backward that returns zero for ones passes: one that returns zeros always, one that takes off the plain mean of $dT$ instead
+# of the weighted sum, one that drops LayerNorm's last term.
 
 # %%
 R = 5
@@ -425,12 +454,13 @@ for name, (op, value, backward) in backwards.items():
 #
 # $$L(x + hv) - L(x) - h \langle \hat g, v \rangle = h \langle g - \hat g, v \rangle + \frac{h^2}{2} L'' + O(h^3) .$$
 #
-# If $\hat g = g$, only the $h^2$ is left: halve the step and the *remainder* falls to a quarter, a line of slope 2 on logarithmic axes. If $\hat g$ is wrong, the first term wins for small $h$: slope 1.
-# The two are equal at
+# If $\hat g = g$, only the $h^2$ is left: halve the step and the *remainder* falls to a quarter, a line of slope 2 on logarithmic
+# axes. If $\hat g$ is wrong, the first term wins for small $h$: slope 1. The two are equal at
 #
 # $$h^* = \frac{2\, |\langle g - \hat g, v \rangle|}{|L''|} ,$$
 #
-# so a small mistake has slope 2 above $h^*$ and slope 1 below. The test needs no tolerance for the size of the gradient; it looks at a shape.
+# so a small mistake has slope 2 above $h^*$ and slope 1 below. The test needs no tolerance for the size of the gradient; it looks
+# at a shape.
 
 # %%
 _, cache = ops.layernorm(x, weight, bias)
@@ -480,11 +510,13 @@ assert np.isclose(linear_term, square_term, rtol=0.03)
 assert remainder["right"][0] < 10 * floor                   # at h = 1e-8 nothing but rounding is left
 
 # %% [markdown]
-# The right curve ends in a floor: below $h \approx 10^{-7}$ the remainder is smaller than the rounding of $L$, and its slope means nothing. `gradcheck` fits the slope to the four steps $2, 4, 8, 16 \cdot 10^{-4}$, ignores
-# remainders that rounding explains, and asks for at least 1.95.
+# The right curve ends in a floor: below $h \approx 10^{-7}$ the remainder is smaller than the rounding of $L$, and its slope
+# means nothing. `gradcheck` fits the slope to the four steps $2, 4, 8, 16 \cdot 10^{-4}$, ignores remainders that rounding
+# explains, and asks for at least 1.95.
 #
-# **Why $L$ needs its second term.** For an op that is linear in the argument, such as $y = xW + b$ in $W$, the moved output is $y + hu$ with $u = x v$. With $L = \langle w, y \rangle$ the
-# remainder would be zero: nothing to fit. The half square gives it one,
+# **Why $L$ needs its second term.** For an op that is linear in the argument, such as $y = xW + b$ in $W$, the moved output is
+# $y + hu$ with $u = x v$. With $L = \langle w, y \rangle$ the remainder would be zero: nothing to fit. The half square gives it
+# one,
 #
 # $$L(y + hu) - L(y) - h \langle w + y, u \rangle = \frac{h^2}{2} \langle u, u \rangle .$$
 
@@ -503,13 +535,16 @@ for step in (1e-1, 1e-2):
 #
 # RMSNorm is LayerNorm without the mean: divide each token by its root mean square, then weigh the channels. For one token
 #
-# $$y_c = w_c\, \hat x_c, \qquad \hat x_c = r\, x_c, \qquad r = \Big( \tfrac1C \sum_c x_c^2 + \varepsilon \Big)^{-1/2}, \qquad \varepsilon = 10^{-6} .$$
+# $$y_c = w_c\, \hat x_c, \qquad \hat x_c = r\, x_c, \qquad r = \Big( \tfrac1C \sum_c x_c^2 + \varepsilon \Big)^{-1/2}, \qquad
+# \varepsilon = 10^{-6} .$$
 #
-# **Backward.** $w_c$ is used by every token $n$, so $dw_c = \sum_n dy_{nc}\, \hat x_{nc}$. Let $g_c = dy_c w_c$ be the gradient of $\hat x_c$. $x_c$ acts directly, with the factor $r$, and through $r$:
+# **Backward.** $w_c$ is used by every token $n$, so $dw_c = \sum_n dy_{nc}\, \hat x_{nc}$. Let $g_c = dy_c w_c$ be the gradient
+# of $\hat x_c$. $x_c$ acts directly, with the factor $r$, and through $r$:
 #
 # $$\frac{\partial r}{\partial x_c} = -\frac{r^3 x_c}{C}
 # \quad\Longrightarrow\quad
-# \frac{\partial \hat x_k}{\partial x_c} = r\, \delta_{kc} - \frac{r^3 x_k x_c}{C} = r \Big( \delta_{kc} - \frac{\hat x_k \hat x_c}{C} \Big) ,$$
+# \frac{\partial \hat x_k}{\partial x_c} = r\, \delta_{kc} - \frac{r^3 x_k x_c}{C} =
+# r \Big( \delta_{kc} - \frac{\hat x_k \hat x_c}{C} \Big) ,$$
 #
 # with $\delta_{kc} = 1$ if $k = c$ and 0 otherwise. Summing over $k$ with $g_k$:
 #
@@ -543,11 +578,12 @@ for n in range(N):                                          # token by token, as
 assert close(dw_loop, dw_rms)
 
 # %% [markdown]
-# The loop was derived by the same hand. The judge is [`check`](../tinycea/gradcheck.py), one call with the pair and a dict of its arguments:
+# The loop was derived by the same hand. The judge is [`check_gradients`](../tinycea/gradcheck.py), one call with the pair and a
+# dict of its arguments:
 
 # %%
 square = {"x": rng.normal(size=(6, 6)), "w": rng.normal(size=6)}             # square: dx.T fits
-rows = gradcheck.check(rmsnorm, rmsnorm_backward, square)
+rows = gradcheck.check_gradients(rmsnorm, rmsnorm_backward, square)
 for row in rows:
     print(f"{row.argument}  {row.analytic:+.8f} {row.numeric:+.8f}   relative error {row.relative_error:.0e}"
           f"   Taylor slope {row.taylor_slope:.3f}")
@@ -577,7 +613,7 @@ def with_bug(bug):
 print(f"{'bug':26s}{'argument':10s}{'relative error':>14s}{'slope':>8s}   caught by")
 caught = {}
 for name, bug in bugs.items():
-    failed = [row for row in gradcheck.check(rmsnorm, with_bug(bug), square) if not row.passed]
+    failed = [row for row in gradcheck.check_gradients(rmsnorm, with_bug(bug), square) if not row.passed]
     assert failed, f"{name}: not caught"
     row = max(failed, key=lambda row: row.relative_error)
     caught[name] = [criterion for criterion, wrong in (("derivative", not row.relative_error <= 1e-6),
@@ -589,27 +625,31 @@ assert caught["dw 0.1 % too large"] == ["derivative", "slope"]
 assert caught["dw 0.001 % too large"] == ["derivative"]
 
 # %% [markdown]
-# Edit a line, or write a bug of your own into the last one, and run the two cells again. The table names the argument, so you know where to look. The 0.001 % shows why there are two criteria: its bend lies at a
-# step $h^*$ below those that are tried, so its slope is still near 2, but the derivatives disagree. Exercise 2 has the opposite case.
+# Edit a line, or write a bug of your own into the last one, and run the two cells again. The table names the argument, so you
+# know where to look. The 0.001 % shows why there are two criteria: its bend lies at a step $h^*$ below those that are tried, so
+# its slope is still near 2, but the derivatives disagree. Exercise 2 has the opposite case.
 #
-# Many mistakes do not get as far. If the sum over the rows is forgotten, or a gradient transposed that is not square, the shape is wrong and `check` says so:
+# Many mistakes do not get as far. If the sum over the rows is forgotten, or a gradient transposed that is not square, the shape
+# is wrong and `check_gradients` says so:
 
 # %%
 oblong = {"x": rng.normal(size=(5, 6)), "w": rng.normal(size=6)}
 for bug in (lambda dx, dw, dy, xhat, r, w: (dx, dy * xhat), lambda dx, dw, dy, xhat, r, w: (dx.T, dw)):
     try:
-        gradcheck.check(rmsnorm, with_bug(bug), oblong)
+        gradcheck.check_gradients(rmsnorm, with_bug(bug), oblong)
     except ValueError as error:
         print(error)
     else:
         raise AssertionError("the wrong shape went unnoticed")
 
 # %% [markdown]
-# So make sizes pairwise different, as [`cases`](../tinycea/gradcheck.py) does for tinycea's own pairs: every op, CEA with every switch of its ablation, the block of the backbone and the network.
-# The checker itself is checked as well: [`broken`](../tinycea/gradcheck.py) has four pairs that must fail. The command `tinycea gradcheck` prints a line for each; this is the same report, with a few of its lines:
+# So make sizes pairwise different, as [`cases`](../tinycea/cases.py) does for tinycea's own pairs: every op, CEA with every
+# switch of its ablation, its rivals, the block of the backbone and the network. The checker itself is checked as well:
+# [`broken`](../tinycea/cases.py) has four pairs that must fail. The command `tinycea gradcheck` prints a line for each; this is
+# the same report, with a few of its lines:
 
 # %%
-report = gradcheck.report("reference")
+report = cases.report("reference")
 pairs = [row for row in report if row["verdict"] == "ok"]
 print(f"{len(pairs)} pairs, {sum(row['arguments'] for row in pairs)} arguments, all passed\n")
 some = {"layernorm", "probe", "cea (signed, token, static none)", "cea (topk, image, static AU)", "nafblock"}
@@ -618,13 +658,14 @@ for row in report:
         numbers = f"{row['relative_error']:6.0e}  slope {row['taylor_slope']:.2f}"
         print(f"{row['name']:36s} {row['argument']:12s} {numbers}  {row['verdict']}")
 assert all(row["passed"] for row in report)
-assert len(pairs) == len(list(gradcheck.cases(ops)))
+assert len(pairs) == len(list(cases.cases(ops)))
 assert [row["verdict"] for row in report if row not in pairs] == 4 * ["caught"]
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** SiLU is $y = x\, \sigma(x)$ with the sigmoid $\sigma(x) = 1/(1 + e^{-x})$. Derive its backward, write the pair and check it. (The solution is folded below; it runs with the notebook.)
+# **1.** SiLU is $y = x\, \sigma(x)$ with the sigmoid $\sigma(x) = 1/(1 + e^{-x})$. Derive its backward, write the pair and check
+# it. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -639,25 +680,26 @@ def silu_backward(dy, cache):
     return dy * s * (1 + x * (1 - s))
 
 
-rows = gradcheck.check(silu, silu_backward, {"x": rng.normal(size=(3, 5))})
+rows = gradcheck.check_gradients(silu, silu_backward, {"x": rng.normal(size=(3, 5))})
 assert all(row.passed for row in rows)
-rows = gradcheck.check(silu, lambda dy, cache: dy * cache[1], {"x": rng.normal(size=7)})      # x sigma' dropped
+rows = gradcheck.check_gradients(silu, lambda dy, cache: dy * cache[1], {"x": rng.normal(size=7)})      # x sigma' dropped
 assert not any(row.passed for row in rows)
 
 # %% [markdown]
-# **2.** [`l1_loss`](../tinycea/ops/reference.py) is the mean of $|\mathrm{pred} - \mathrm{target}|$, and its backward is right. Check it where all these errors are $10^{-7}$, and where they are exactly 0. Which criterion
-# fails, and why? Where must one look instead?
+# **2.** [`l1_loss`](../tinycea/ops/reference.py) is the mean of $|\mathrm{pred} - \mathrm{target}|$, and its backward is right.
+# Check it where all these errors are $10^{-7}$, and where they are exactly 0. Which criterion fails, and why? Where must one look
+# instead?
 
 # %% jupyter={"source_hidden": true}
 # Solution
-# The absolute value has a kink at 0. An error smaller than the step (1e-4 times the direction's entry) changes its sign on the way,
-# so the quotient mixes both slopes, -1 and +1: no gradient agrees with it. At exactly 0 the central difference is 0 by symmetry, and
-# so is the backward (sign(0) = 0): they agree, but |h v| falls as h, not as h^2, and only the slope tells. Neither is a bug; a check
-# must stay away from kinks by more than a step.
+# The absolute value has a kink at 0. An error smaller than the step (1e-4 times the direction's entry) changes its sign on the
+# way, so the quotient mixes both slopes, -1 and +1: no gradient agrees with it. At exactly 0 the central difference is 0 by
+# symmetry, and so is the backward (sign(0) = 0): they agree, but |h v| falls as h, not as h^2, and only the slope tells. Neither
+# is a bug; a check must stay away from kinks by more than a step.
 target = rng.normal(size=(1, 2, 3, 5))
 zeros = np.zeros(target.shape)
 for name, error in {"1e-7": zeros + 1e-7, "0": zeros, "0.1 and more": 0.1 + rng.random(target.shape)}.items():
-    row, _ = gradcheck.check(ops.l1_loss, ops.l1_loss_backward, {"pred": target + error, "target": target})
+    row, _ = gradcheck.check_gradients(ops.l1_loss, ops.l1_loss_backward, {"pred": target + error, "target": target})
     numbers = f"relative error {row.relative_error:.0e}, slope {row.taylor_slope:.2f}"
     print(f"errors of {name}: {numbers}, passed: {row.passed}")
     assert row.passed == (name == "0.1 and more")
@@ -665,12 +707,13 @@ for name, error in {"1e-7": zeros + 1e-7, "0": zeros, "0.1 and more": 0.1 + rng.
     assert (row.taylor_slope < 1.05) == (name != "0.1 and more")
 
 # %% [markdown]
-# **3.** [`probe`](../tinycea/ops/reference.py) takes a `max` of its logits, and a maximum is a comparison. Does the complex step work all the same? Try it, and hold `probe_backward` to 13 digits.
+# **3.** [`probe`](../tinycea/ops/reference.py) takes a `max` of its logits, and a maximum is a comparison. Does the complex step
+# work all the same? Try it, and hold `probe_backward` to 13 digits.
 
 # %% jupyter={"source_hidden": true}
 # Solution
-# It does. The maximum is only taken off before the exponential, and a softmax forgets any constant, also a complex one: however the
-# maximum picks, the result is the same function of the logits, and that one is analytic.
+# It does. The maximum is only taken off before the exponential, and a softmax forgets any constant, also a complex one: however
+# the maximum picks, the result is the same function of the logits, and that one is analytic.
 arrays = {"Q": rng.normal(size=(3, 8)), "K": rng.normal(size=(2, 7, 8)), "V": rng.normal(size=(2, 7, 8))}
 Z, cache = ops.probe(*arrays.values(), 2)
 w_Z = rng.normal(size=Z.shape)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5. Training by hand: data, one step, the optimizer, a run, and what the maps show
 #
-# No autograd and no framework: a network is trained by a loop of about ten lines over one array of numbers. This notebook makes the data, follows one step through that array, writes the
-# optimizer from its equations, and trains. The claims:
+# No autograd and no framework: a network is trained by a loop of about ten lines over one array of numbers. This notebook makes
+# the data, follows one step through that array, writes the optimizer from its equations, and trains. The claims:
 #
 # 1. Training data is computed, not collected: drawn scenes and degradations that are formulas.
 # 2. All parameters are one flat array with named views, so a norm, a clip or an update is one line.
@@ -10,7 +10,8 @@
 # 4. A network that cannot learn one patch by heart has a bug; this one can, and is no restorer for that.
 # 5. Ten lines are all of training: the library's `train` ends with the same bits.
 # 6. The shipped weights remove noise, rain, darkness and some haze, and no blur; 200 steps do a little of it.
-# 7. Affinity maps tell degradations apart, but random directions in the same features do nearly as well, and all of the features better.
+# 7. Affinity maps tell degradations apart, but random directions in the same features do nearly as well, and all of the features
+#    better.
 #
 # `close` means: equal up to rounding in float64.
 
@@ -29,9 +30,10 @@ import numpy as np
 from IPython.display import Image, display
 from scipy.ndimage import uniform_filter
 
-from tinycea import degrade, feed, nafnet, optim, plots, restore, train
+from tinycea import degradations, evaluation, feed, nafnet, optim, plots, training, zoo
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
+from tinycea.restoration import restore_rgb
 from tinycea.scenes import Scene, dead_leaves, photographs
 
 rng = np.random.default_rng(0)
@@ -49,13 +51,16 @@ def show_photographs(figure):
 # %% [markdown]
 # ## 1. Dead leaves, and what is done to them
 #
-# A *dead-leaves* scene is a heap of opaque disks that hide each other (Lee et al. 2001). With radii of density $\propto r^{-3}$ every octave of sizes covers the same area, and the picture has edges at all
-# scales as photographs do. [`dead_leaves`](../tinycea/scenes.py) returns the image $J$ with values in $[0,1]$, and a depth map $d$.
+# A *dead-leaves* scene is a heap of opaque disks that hide each other (Lee et al. 2001). With radii of density $\propto r^{-3}$
+# every octave of sizes covers the same area, and the picture has edges at all scales as photographs do.
+# [`dead_leaves`](../tinycea/scenes.py) returns the image $J$ with values in $[0,1]$, and a depth map $d$.
 #
-# A *degradation* is a formula with randomness ([`degrade`](../tinycea/degrade.py)). Noise adds a normal number $\varepsilon$ of standard deviation $\sigma = 25/255$ to every value and cuts the sum to 8 bits,
-# as a camera does. Haze mixes in the light $A$ of the air, the more the farther ($t$ is the share of light that comes through):
+# A *degradation* is a formula with randomness ([`degradations.py`](../tinycea/degradations.py)). Noise adds a normal number
+# $\varepsilon$ of standard deviation $\sigma = 25/255$ to every value and cuts the sum to 8 bits, as a camera does. Haze mixes in
+# the light $A$ of the air, the more the farther ($t$ is the share of light that comes through):
 #
-# $$I = \tfrac{1}{255} \big\lfloor 255 \operatorname{clip}(J + \varepsilon) \big\rfloor, \qquad\qquad I = J\, t + A\, (1 - t), \quad t = e^{-\beta \min(d,\, 0.7)} .$$
+# $$I = \tfrac{1}{255} \big\lfloor 255 \operatorname{clip}(J + \varepsilon) \big\rfloor, \qquad\qquad
+# I = J\, t + A\, (1 - t), \quad t = e^{-\beta \min(d,\, 0.7)} .$$
 
 # %%
 scene = dead_leaves(160, np.random.default_rng(10))
@@ -70,13 +75,14 @@ t = np.exp(-beta * np.minimum(scene.depth, 0.7))[..., None]
 hazy = J * t + A * (1 - t)
 
 # %%
-assert np.allclose(noisy, degrade.noise(J, np.random.default_rng(1)), atol=1e-6)              # float32
-assert np.allclose(hazy, degrade.haze(J, np.random.default_rng(2), depth=scene.depth), atol=1e-6)
-for name, formula in degrade.DEGRADATIONS.items():
+assert np.allclose(noisy, degradations.noise(J, np.random.default_rng(1)), atol=1e-6)              # float32
+assert np.allclose(hazy, degradations.haze(J, np.random.default_rng(2), depth=scene.depth), atol=1e-6)
+for name, formula in degradations.DEGRADATIONS.items():
     assert np.array_equal(formula(scene, np.random.default_rng(3), 0), J)     # strength 0 is the identity
 
 # %% [markdown]
-# How far an image $I$ is from the clean $J$ is told in decibels: from the mean squared error (MSE) over its $n$ values, the *peak signal-to-noise ratio*
+# How far an image $I$ is from the clean $J$ is told in decibels: from the mean squared error (MSE) over its $n$ values, the *peak
+# signal-to-noise ratio*
 #
 # $$\mathrm{PSNR} = -10 \log_{10} \mathrm{MSE}, \qquad \mathrm{MSE} = \frac1n \sum_i (I_i - J_i)^2 .$$
 #
@@ -87,14 +93,14 @@ def psnr(image, clean):
     return -10 * np.log10(np.mean((image.astype(np.float64) - clean)**2))
 
 
-assert np.isclose(psnr(noisy, J), restore.quality(noisy.astype(np.float32), J)[0])
+assert np.isclose(psnr(noisy, J), evaluation.psnr(noisy.astype(np.float32), J))
 
 # %%
 entries = ("noise25", "rain", "snow", "haze", "blur", "low", "haze+rain")
 figure, axes = plt.subplots(2, 4, figsize=(7, 4.4))
 figure.get_layout_engine().set(hspace=0.06)
 for axis, entry in zip(axes.flat, ("clean", *entries)):
-    image = J if entry == "clean" else degrade.degrade(scene, entry, np.random.default_rng(7))
+    image = J if entry == "clean" else degradations.apply(scene, entry, np.random.default_rng(7))
     axis.imshow(image)
     below = "the reference" if entry == "clean" else f"{psnr(image, J):.1f} dB"
     axis.set(title=entry, xlabel=below, xticks=[], yticks=[])
@@ -103,18 +109,19 @@ show_photographs(figure)
 # %% [markdown]
 # ## 2. One training step through the flat buffer
 #
-# A *recipe* holds everything a run is made of. Its data: crops of 48 × 48 pixels, half from dead leaves, half from photographs, each with one degradation. The network is the toy model, a small NAFNet with a CEA layer
-# after each of its three stages.
+# A *recipe* holds everything a run is made of. Its data: crops of 48 × 48 pixels, half from dead leaves, half from photographs,
+# each with one degradation. The network is the toy model, a small NAFNet with a CEA layer after each of its three stages.
 #
-# Its parameters are one array `p.flat`. `p["intro.weight"]` is a *view*: the same memory under a name and a shape ([`Params`](../tinycea/params.py)). The gradient is a second array of the same layout.
+# Its parameters are one array `p.flat`. `p["intro.weight"]` is a *view*: the same memory under a name and a shape
+# ([`Params`](../tinycea/params.py)). The gradient is a second array of the same layout.
 
 # %%
-recipe = train.Recipe(steps=200, scenes=8)
-scenes, suite = (feed.leaves_of(recipe), feed.photographs_of(recipe)), degrade.suite(recipe.suite)
-degraded, clean = feed.batch(recipe, scenes, suite, step=0)
+recipe = training.Recipe(steps=200, scenes=8)
+suite = degradations.suite(recipe.suite)
+degraded, clean = feed.batch(recipe, step=0)
 print(f"one batch: {degraded.shape}, degraded as one of {', '.join(suite)}")
 
-config = nafnet.by_adapter(recipe.adapter)
+config = zoo.network(recipe.adapter)
 p = nafnet.init(config, np.random.default_rng([recipe.seed, feed.INIT]))
 g = p.zeros_like()
 print(f"parameters: {p.flat.size} numbers under {len(p)} names")
@@ -126,8 +133,8 @@ probe.flat *= 2                                             # one line on the ar
 assert np.array_equal(probe["intro.weight"], 2 * p["intro.weight"])
 
 # %% [markdown]
-# **The loss** is minus the PSNR, averaged over the $B$ images $\hat y_b$ of a batch, $n$ values each ($10^{-8}$ keeps the logarithm finite, and caps the PSNR at 80 dB). Its gradient follows from
-# $\partial \log_{10} x / \partial x = 1/(x \ln 10)$:
+# **The loss** is minus the PSNR, averaged over the $B$ images $\hat y_b$ of a batch, $n$ values each ($10^{-8}$ keeps the
+# logarithm finite, and caps the PSNR at 80 dB). Its gradient follows from $\partial \log_{10} x / \partial x = 1/(x \ln 10)$:
 #
 # $$L = \frac1B \sum_b 10 \log_{10}\!\big(\mathrm{MSE}_b + 10^{-8}\big), \qquad
 # \frac{\partial L}{\partial \hat y_b} = \frac{20}{B\, n \ln 10} \cdot \frac{\hat y_b - y_b}{\mathrm{MSE}_b + 10^{-8}} .$$
@@ -147,13 +154,13 @@ input_psnr = np.mean([psnr(*pair) for pair in zip(degraded, clean)])
 print(f"loss of the untrained network {L:.2f} dB, PSNR of its input {input_psnr:.2f} dB")
 
 # %% [markdown]
-# **The gradient.** The network's backward takes $\partial L / \partial \hat y$ and adds every parameter's gradient into the views of `g`. [`train.gradient`](../tinycea/train.py) is these lines, with the faster arithmetic of
-# [`ops/cpu`](../tinycea/ops/cpu.py):
+# **The gradient.** The network's backward takes $\partial L / \partial \hat y$ and adds every parameter's gradient into the views
+# of `g`. [`gradient`](../tinycea/training.py) is these lines, with the faster arithmetic of [`ops/cpu`](../tinycea/ops/cpu.py):
 
 # %%
 nafnet.centered_backward(dL.astype(np.float32), cache, g)
 by_hand = g.flat.copy()
-assert np.isclose(train.gradient(degraded, clean, p, config, cpu, g), L, rtol=1e-5)
+assert np.isclose(training.gradient(degraded, clean, p, config, cpu, g), L, rtol=1e-5)
 assert np.linalg.norm(g.flat - by_hand) < 1e-4 * np.linalg.norm(by_hand)   # float32, sums in another order
 
 # %%
@@ -175,8 +182,9 @@ print(f"{'all':24s} {p.flat.size:10d} {np.mean(g.flat != 0):16.0%} {norm:8.3f}")
 assert np.isclose(norm, np.sqrt(sum(value**2 for value in norms.values())), rtol=1e-5)
 
 # %% [markdown]
-# At the start most parameters have no gradient: NAFNet multiplies each block's branches by $\beta$ and $\gamma$, which start at zero as $W_U$ does. The first step moves these and what lies outside the blocks;
-# then the rest wakes up ([notebook 2](02_hyper_adapter.ipynb), claim 6).
+# At the start most parameters have no gradient: NAFNet multiplies each block's branches by $\beta$ and $\gamma$, which start at
+# zero as $W_U$ does. The first step moves these and what lies outside the blocks; then the rest wakes up
+# ([notebook 2](02_hyper_adapter.ipynb), claim 6).
 
 # %%
 awake = {name.split(".")[-1] for name, value in g.items() if np.any(value) and part_of(name) not in
@@ -184,8 +192,9 @@ awake = {name.split(".")[-1] for name, value in g.items() if np.any(value) and p
 assert awake == {"beta", "gamma", "W_U"}
 
 # %% [markdown]
-# **Is the gradient right?** Along one direction $v$ in the space of all parameters at once, the derivative of the whole network must equal a central difference ([notebook 4](04_gradient_checking.ipynb) says
-# why this finds almost any bug). In float64, with every parameter moved off its start so that nothing is zero:
+# **Is the gradient right?** Along one direction $v$ in the space of all parameters at once, the derivative of the whole network
+# must equal a central difference ([notebook 4](04_gradient_checking.ipynb) says why this finds almost any bug). In float64, with
+# every parameter moved off its start so that nothing is zero:
 #
 # $$\langle \nabla L, v \rangle \approx \frac{L(p + h v) - L(p - h v)}{2h} .$$
 
@@ -199,17 +208,18 @@ images = [pixels[:2, :24, :24].astype(np.float64) for pixels in (degraded, clean
 def moved(amount):
     q = p64.copy()
     q.flat += amount * v
-    return train.gradient(*images, q, config, cpu, q.zeros_like())
+    return training.gradient(*images, q, config, cpu, q.zeros_like())
 
 
-train.gradient(*images, p64, config, cpu, g64)
+training.gradient(*images, p64, config, cpu, g64)
 analytic, numeric = g64.flat @ v, (moved(h) - moved(-h)) / (2 * h)
 error = abs(analytic - numeric) / abs(numeric)
 print(f"gradient times direction {analytic:.9f}, central difference {numeric:.9f}, relative error {error:.0e}")
 assert error < 1e-6
 
 # %% [markdown]
-# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
+# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its
+# norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
 #
 # $$g \leftarrow g \cdot \min\!\Big(1, \frac{c}{\lVert g \rVert}\Big) .$$
 
@@ -222,8 +232,9 @@ assert np.linalg.norm(g.flat) < 1.001 * recipe.clip
 # %% [markdown]
 # ## 3. AdamW from its equations
 #
-# AdamW (Loshchilov and Hutter 2019) keeps two running means for each parameter: $m$ of the gradient and $v$ of its square. Both start at zero, so in step $t$ they lack the weight $\beta^t$; dividing by
-# $1 - \beta^t$ mends that. Then each parameter moves by the learning rate $\eta$ times a number of size about 1, and shrinks by the share $\eta \lambda$:
+# AdamW (Loshchilov and Hutter 2019) keeps two running means for each parameter: $m$ of the gradient and $v$ of its square. Both
+# start at zero, so in step $t$ they lack the weight $\beta^t$; dividing by $1 - \beta^t$ mends that. Then each parameter moves by
+# the learning rate $\eta$ times a number of size about 1, and shrinks by the share $\eta \lambda$:
 #
 # $$\begin{aligned}
 # m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, & v_t &= \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2, \\
@@ -231,7 +242,8 @@ assert np.linalg.norm(g.flat) < 1.001 * recipe.clip
 # w_t &= w_{t-1} - \eta \Big( \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} + \lambda\, w_{t-1} \Big) .
 # \end{aligned}$$
 #
-# $\beta_1 = 0.9$, $\beta_2 = 0.99$, $\epsilon = 10^{-8}$. All of it is entrywise, so it runs over the flat array without knowing a single layer ([`adamw`](../tinycea/optim.py)).
+# $\beta_1 = 0.9$, $\beta_2 = 0.99$, $\epsilon = 10^{-8}$. All of it is entrywise, so it runs over the flat array without knowing
+# a single layer ([`adamw`](../tinycea/ops/reference.py)).
 
 # %%
 lr, decay = 0.01, 0.1 * optim.decay_mask(p64)
@@ -244,7 +256,7 @@ for t in (1, 2, 3):
     m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.99**t)
     w = w - lr * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * w)
 
-    optim.adamw(w_library, gradient, m_library, v_library, t, lr, decay)
+    ops.adamw(w_library, gradient, m_library, v_library, t, lr, decay)
     assert close(w, w_library) and close(m, m_library) and close(v, v_library)
 
 # %% [markdown]
@@ -252,18 +264,20 @@ for t in (1, 2, 3):
 #
 # $$w_1 - w_0 = -\eta\, \frac{g}{|g| + \epsilon} \approx -\eta\, \operatorname{sign}(g) .$$
 #
-# A parameter with a gradient of $10^{-4}$ moves as far as one with $10^{4}$. That is why a rate can suit layers of very different scale, and why the first steps, when $v$ knows a single gradient, want a small rate.
+# A parameter with a gradient of $10^{-4}$ moves as far as one with $10^{4}$. That is why a rate can suit layers of very different
+# scale, and why the first steps, when $v$ knows a single gradient, want a small rate.
 
 # %%
 gradient = 10.0**rng.uniform(-4, 4, 1000) * rng.choice((-1, 1), 1000)
 w = np.zeros(1000)
-optim.adamw(w, gradient, np.zeros(1000), np.zeros(1000), 1, lr, 0)
+ops.adamw(w, gradient, np.zeros(1000), np.zeros(1000), 1, lr, 0)
 assert close(w, -lr * gradient / (np.abs(gradient) + 1e-8))
 assert np.allclose(w, -lr * np.sign(gradient), rtol=2e-4)
 
 # %% [markdown]
-# **Decay** is decoupled: it does not pass through $m$ and $v$ (exercise 2 shows the difference), and a mask spares biases, norms, $\beta$ and $\gamma$, for which small is not simpler. With a gradient of zero the others shrink by
-# $1 - \eta\lambda$ in each step:
+# **Decay** is decoupled: it does not pass through $m$ and $v$ (exercise 2 shows the difference), and a mask spares biases, norms,
+# $\beta$ and $\gamma$, for which small is not simpler. With a gradient of zero the others shrink by $1 - \eta\lambda$ in each
+# step:
 #
 # $$g = 0 \;\Rightarrow\; w_1 = (1 - \eta\, \lambda)\, w_0 .$$
 
@@ -274,11 +288,12 @@ named.flat[:] = mask
 spared = {"norm" if "norm" in name else name.split(".")[-1] for name, value in named.items() if not value.any()}
 print(f"decayed: {mask.mean():.0%} of the parameters; spared: {', '.join(sorted(spared))}")
 w, zero = p64.flat.copy(), np.zeros(mask.size)
-optim.adamw(w, zero, zero.copy(), zero.copy(), 1, lr, 0.1 * mask)
+ops.adamw(w, zero, zero.copy(), zero.copy(), 1, lr, 0.1 * mask)
 assert close(w, np.where(mask == 1, 1 - lr * 0.1, 1) * p64.flat) and spared == {"bias", "norm", "beta", "gamma"}
 
 # %% [markdown]
-# **The schedule** ([`warmup_cosine`](../tinycea/optim.py)) raises $\eta$ linearly during the share $w$ of the run, then lowers it along half a cosine. With the progress $s \in (0,1]$ and the floor $\eta_0 = 10^{-7}$:
+# **The schedule** ([`warmup_cosine`](../tinycea/optim.py)) raises $\eta$ linearly during the share $w$ of the run, then lowers it
+# along half a cosine. With the progress $s \in (0,1]$ and the floor $\eta_0 = 10^{-7}$:
 #
 # $$\eta(s) = \eta_{\max} \frac{s}{w} \;\;(s < w), \qquad
 # \eta(s) = \eta_0 + (\eta_{\max} - \eta_0)\, \frac{1 + \cos\!\big(\pi \frac{s - w}{1 - w}\big)}{2} \;\;(s \ge w) .$$
@@ -300,8 +315,10 @@ plt.show()
 #
 # ## 4. Overfitting one patch
 #
-# Before a long run, a short one that must succeed: give the network a single pair of 48 × 48 pixels again and again. It has more than ten parameters for each of the 6912 values, so it can learn them by heart. If the
-# PSNR stalls, something is broken: a gradient, the optimizer, or the shape of the network. The second curve is another noisy patch of the same scene, which it never trains on.
+# Before a long run, a short one that must succeed: give the network a single pair of 48 × 48 pixels again and again. It has more
+# than ten parameters for each of the 6912 values, so it can learn them by heart. If the PSNR stalls, something is broken: a
+# gradient, the optimizer, or the shape of the network. The second curve is another noisy patch of the same scene, which it never
+# trains on.
 
 # %%
 def rates_of(p):
@@ -313,7 +330,7 @@ def rates_of(p):
 
 
 J = dead_leaves(256, np.random.default_rng(1)).image
-I = degrade.noise(J, np.random.default_rng(2))
+I = degradations.noise(J, np.random.default_rng(2))
 one, other = ((I[None, y:y + 48, x:x + 48], J[None, y:y + 48, x:x + 48]) for y, x in ((100, 100), (20, 180)))
 
 steps = 250
@@ -321,11 +338,11 @@ q = nafnet.init(config, np.random.default_rng(0))
 dq, m, v, rates = q.zeros_like(), np.zeros_like(q.flat), np.zeros_like(q.flat), rates_of(q)
 heart, unseen = [], []
 for step in range(1, steps + 1):
-    heart.append(-train.gradient(*one, q, config, cpu, dq))
+    heart.append(-training.gradient(*one, q, config, cpu, dq))
     if step % 5 == 1:
-        unseen.append(train.mean_psnr(*other, q, config, cpu))
+        unseen.append(training.mean_psnr(*other, q, config, cpu))
     optim.clip_by_norm(dq.flat, 1.0)
-    optim.adamw(q.flat, dq.flat, m, v, step, optim.warmup_cosine(step / steps, 0.1, 4e-3) * rates, 0)
+    ops.adamw(q.flat, dq.flat, m, v, step, optim.warmup_cosine(step / steps, 0.1, 4e-3) * rates, 0)
 
 # %%
 figure, axis = plt.subplots()
@@ -343,8 +360,9 @@ assert heart[-1] > heart[0] + 20 and unseen[-1] < psnr(*one) + 12
 # %% [markdown]
 # ## 5. A short real run
 #
-# The same step, each time with a new batch. Batch number `step` is a function of the seed and the step alone (its generator is `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before.
-# The figure is live: run the cell and watch it. A single batch says little, since its degradations are drawn at random; the line is a mean over 25 steps.
+# The same step, each time with a new batch. Batch number `step` is a function of the seed and the step alone (its generator is
+# `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before. The figure is live: run the cell and watch
+# it. A single batch says little, since its degradations are drawn at random; the line is a mean over 25 steps.
 
 # %%
 figure, axis = plt.subplots()
@@ -367,11 +385,11 @@ p = nafnet.init(config, np.random.default_rng([recipe.seed, feed.INIT]))
 g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
 decay, rates, losses = recipe.decay * optim.decay_mask(p), rates_of(p), []
 for step in range(recipe.steps):
-    degraded, clean = feed.batch(recipe, scenes, suite, step)
-    losses.append(train.gradient(degraded, clean, p, config, cpu, g))
+    degraded, clean = feed.batch(recipe, step)
+    losses.append(training.gradient(degraded, clean, p, config, cpu, g))
     optim.clip_by_norm(g.flat, recipe.clip)
     rate = optim.warmup_cosine((step + 1) / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
-    optim.adamw(p.flat, g.flat, m, v, step + 1, rate * rates, decay)
+    ops.adamw(p.flat, g.flat, m, v, step + 1, rate * rates, decay)
     if (step + 1) % 25 == 0:
         draw(losses)
 plt.close(figure)
@@ -380,30 +398,32 @@ print(f"mean of the first 25 batches {first:.2f} dB, of the last 25 {last:.2f} d
 assert last > first + 0.5
 
 # %% [markdown]
-# **These ten lines are all of training.** [`train.train`](../tinycea/train.py) adds what a person wants around them: a process that makes the batches ahead, a log, pictures, a table, a way to resume. None of it may change a
-# number, so its weights must be ours, bit for bit:
+# **These ten lines are all of training.** [`train`](../tinycea/training.py) adds what a person wants around them: a process that
+# makes the batches ahead, a log, pictures, a table, a way to resume. None of it may change a number, so its weights must be ours,
+# bit for bit:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    result = train.train(recipe, Path(folder) / "run")
-    library, _ = nafnet.load_model(Path(folder) / "run" / "model.safetensors")
+    result = training.train(Path(folder) / "run", steps=recipe.steps, scenes=recipe.scenes)
+    library, _ = zoo.load_model(Path(folder) / "run" / "model.safetensors")
 assert np.array_equal(library.flat, p.flat)
 print(f"{np.count_nonzero(library.flat == p.flat)} of {p.flat.size} parameters have the same bits")
-print(restore.format_table(result["rows"]))
+print(evaluation.format_table(result["rows"]))
 
 # %% [markdown]
 # ## 6. Restoring a photograph
 #
-# The table above is about three photographs that no run ever trained on. Here is one of them, with noise, restored by our 200 steps and by the weights in the package (64000 steps of a wider network, on more degradations). A detail is shown; the PSNR is of the
-# whole photograph.
+# The table above is about three photographs that no run ever trained on. Here is one of them, with noise, restored by our 200
+# steps and by the weights in the package (64000 steps of a wider network, on more degradations). A detail is shown; the PSNR is
+# of the whole photograph.
 
 # %%
-shipped, shipped_config = nafnet.load_model(restore.WEIGHTS)
+shipped, shipped_config = zoo.load_model(zoo.WEIGHTS)
 photo = photographs("test")["chelsea"]
 table = {}
 for entry in suite:
-    worse = degrade.degrade(Scene(photo), entry, np.random.default_rng(0))
-    images = [worse, restore.restore(worse, p, config), restore.restore(worse, shipped, shipped_config), photo]
+    worse = degradations.apply(Scene(photo), entry, np.random.default_rng(0))
+    images = [worse, restore_rgb(worse, p, config), restore_rgb(worse, shipped, shipped_config), photo]
     table[entry] = [psnr(image, photo) for image in images[:3]]
     if entry == "noise25":
         shown = images
@@ -423,17 +443,19 @@ assert all(table[entry][2] > table[entry][0] + 3 for entry in ("noise25", "rain"
 assert table["noise25"][1] > table["noise25"][0]
 
 # %% [markdown]
-# What is seen: after 200 steps the noise is a little weaker and still there. The shipped weights remove it, and the finest fur with it: what is left of it looks brushed. In the table, noise, rain and low light
-# gain most from the longer training, haze about 4 dB. Blur is not removed by either, and both cost a photograph that is hardly blurred about 2 dB.
+# What is seen: after 200 steps the noise is a little weaker and still there. The shipped weights remove it, and the finest fur
+# with it: what is left of it looks brushed. In the table, noise, rain and low light gain most from the longer training, haze
+# about 4 dB. Blur is not removed by either, and both cost a photograph that is hardly blurred about 2 dB.
 
 # %% [markdown]
 # ## 7. Affinity maps over a patchwork
 #
-# The last CEA layer gives each token (here 2 × 2 pixels) one affinity $s_{nr}$ to each of $R = 8$ routing bases of this image. Drawn as images over a photograph that is degraded differently in different regions
-# ([`affinity_maps`](../tinycea/train.py)), they look like an explanation. Black is negative, mid-gray zero, white positive.
+# The last CEA layer gives each token (here 2 × 2 pixels) one affinity $s_{nr}$ to each of $R = 8$ routing bases of this image.
+# Drawn as images over a photograph that is degraded differently in different regions ([`affinity_maps`](../tinycea/training.py)),
+# they look like an explanation. Black is negative, mid-gray zero, white positive.
 
 # %%
-degraded, mask, names, S, kind, stage = train.affinity_maps(shipped, shipped_config, cpu)
+degraded, mask, names, S, kind, stage = training.affinity_maps(shipped, shipped_config, cpu)
 R = S.shape[-1]
 limit = np.quantile(np.abs(S), 0.99)
 figure, axes = plt.subplots(2, 5, figsize=(9, 2.9))
@@ -447,26 +469,29 @@ figure.colorbar(axes[0, 1].images[0], ax=axes[:, 1:], label="affinity s", shrink
 show_photographs(figure)
 
 # %% [markdown]
-# **The sign of a map means nothing.** Negate $W_A$ and $W_U$: then $A$ and $U$ change their signs, $S$ does, and the product does not:
+# **The sign of a map means nothing.** Negate $W_A$ and $W_U$: then $A$ and $U$ change their signs, $S$ does, and the product does
+# not:
 #
 # $$\hat X (-A)^\top (-U) = \hat X A^\top U .$$
 #
-# So "black" and "white" could be exchanged in all maps of a layer at once. More generally $A \to G^{-\top} A$, $U \to G\, U$ leaves the layer's output as it is, for any invertible $G$ of $R \times R$ numbers: the maps are
-# one basis of a space, and only what is true of the whole space is a finding.
+# So "black" and "white" could be exchanged in all maps of a layer at once. More generally $A \to G^{-\top} A$, $U \to G\, U$
+# leaves the layer's output as it is, for any invertible $G$ of $R \times R$ numbers: the maps are one basis of a space, and only
+# what is true of the whole space is a finding.
 
 # %%
 flipped = shipped.copy()
 for name, value in flipped.items():
     if name.endswith(("W_A", "W_U")):
         value *= -1
-S_flipped = train.affinity_maps(flipped, shipped_config, cpu)[3]
+S_flipped = training.affinity_maps(flipped, shipped_config, cpu)[3]
 assert np.allclose(S_flipped, -S, atol=1e-5)
-outputs = [restore.restore(degraded, weights, shipped_config) for weights in (shipped, flipped)]
+outputs = [restore_rgb(degraded, weights, shipped_config) for weights in (shipped, flipped)]
 assert np.allclose(*outputs, atol=1e-5)
 
 # %% [markdown]
-# **What do the maps measure?** Six patchworks (three photographs, two drawings of the regions), the features $\hat X$ and affinities of the last layer for each. First, how many different maps there are, and what simple pictures
-# they resemble. A correlation of 1 would mean "the same picture".
+# **What do the maps measure?** Six patchworks (three photographs, two drawings of the regions), the features $\hat X$ and
+# affinities of the last layer for each. First, how many different maps there are, and what simple pictures they resemble. A
+# correlation of 1 would mean "the same picture".
 
 # %%
 def features(image):
@@ -480,7 +505,7 @@ patchworks = []
 for photo in photographs("test").values():
     photo = photo[:len(photo) // 4 * 4, :photo.shape[1] // 4 * 4]        # whole tokens at both resolutions
     for seed in (0, 1):
-        image, mask, _ = degrade.patchwork(Scene(photo), np.random.default_rng(seed), names)
+        image, mask, _ = degradations.patchwork(Scene(photo), np.random.default_rng(seed), names)
         patchworks.append((image, photo, mask.argmax(-1)[::2, ::2]))
 found = [(*features(image), *features(photo)) for image, photo, _ in patchworks]
 assert np.allclose(features(degraded)[1], S, atol=1e-4)
@@ -516,17 +541,20 @@ assert min(components) > 0.9 and np.abs(edges).max() < 0.5 and np.abs(brightness
 # %% [markdown]
 # - Both signs occur in every map; the rarer one has from 15 % (r = 2) to 39 % (r = 3) of the entries.
 # - There are fewer than eight different maps: four combinations of them hold 98 % of their variance.
-# - The eye finds edges and bright places in them, but no single map is a picture of either: the largest of 48 correlations is 0.29 with the slope (the length of the brightness's gradient) and 0.27 with the brightness. All
-#   eight together account for 14 to 44 % of the brightness's variance.
+# - The eye finds edges and bright places in them, but no single map is a picture of either: the largest of 48 correlations is
+#   0.29 with the slope (the length of the brightness's gradient) and 0.27 with the brightness. All eight together account for 14
+#   to 44 % of the brightness's variance.
 
 # %% [markdown]
-# **Do they know the regions?** Fit a linear classifier by least squares (one column per region, 1 inside and 0 outside), in half of the image, and test it in the other half. The halves are blocks of
-# 24 × 24 tokens like a chessboard, and windows never reach across a border, so no neighbor leaks. It reads either one token, or the mean of 9 × 9. Since averaging is linear,
+# **Do they know the regions?** Fit a linear classifier by least squares (one column per region, 1 inside and 0 outside), in half
+# of the image, and test it in the other half. The halves are blocks of 24 × 24 tokens like a chessboard, and windows never reach
+# across a border, so no neighbor leaks. It reads either one token, or the mean of 9 × 9. Since averaging is linear,
 #
 # $$\overline S = \frac{\overline{\hat X} A^\top}{\sqrt C} ,$$
 #
-# the affinities are a view of $C = 32$ features from $R = 8$ directions. So they compete with $8$ random directions, with all of $\hat X$, and with a control: the same affinities computed from the *clean* photograph, where
-# no degradation is to be seen and a classifier can only know what is usually where. Guessing gives 1/3.
+# the affinities are a view of $C = 32$ features from $R = 8$ directions. So they compete with $8$ random directions, with all of
+# $\hat X$, and with a control: the same affinities computed from the *clean* photograph, where no degradation is to be seen and a
+# classifier can only know what is usually where. Guessing gives 1/3.
 
 # %%
 def window(maps):
@@ -572,7 +600,8 @@ for axis, (size, rows) in zip(axes, scores.items()):
     place = np.arange(1, len(rows) + 1)
     axis.errorbar(place, rows[:, 1], (rows[:, 1] - rows[:, 4], rows[:, 5] - rows[:, 1]), fmt="s", mfc="white",
                   ms=4, label="8 random directions\n(mean and range of 20)")
-    for column, shift, marker, label in ((0, -0.25, "o", "the 8 affinities"), (2, 0.25, "^", f"all {shipped_config.width} features"),
+    for column, shift, marker, label in ((0, -0.25, "o", "the 8 affinities"),
+                                         (2, 0.25, "^", f"all {shipped_config.width} features"),
                                          (3, 0, "x", "affinities of\nthe clean photo")):
         axis.plot(place + shift, rows[:, column], ls="", marker=marker, ms=5, label=label)
     axis.axhline(1 / 3, color="0.4", ls=":", label="guessing")
@@ -588,35 +617,41 @@ assert averaged[4] - 0.03 < averaged[0] < averaged[5] + 0.03     # but as random
 assert one_token[2] > one_token[0] + 0.05                   # one token's affinities know less than its features
 
 # %% [markdown]
-# **What the maps show.** The degradations are in them: means of 9 × 9 affinities name the region of 92 % of the tokens, those of the clean photograph 61 %. (That is more than 1/3, since a region may hold most of the table
-# or the fur. Without this control all of it would seem to be the degradation's.)
+# **What the maps show.** The degradations are in them: means of 9 × 9 affinities name the region of 92 % of the tokens, those of
+# the clean photograph 61 %. (That is more than 1/3, since a region may hold most of the table or the fur. Without this control
+# all of it would seem to be the degradation's.)
 #
-# **What they do not show.** That the layer chose these directions to tell degradations apart. Eight random directions in the same features reach 89 %, and on average the affinities lie within the range of the draws. Of a single token the
-# affinities do tell more, 0.78 against 0.69, a little more than the best of twenty draws (0.75); all 32 features tell 0.84. So it is the features that know the degradation, and a map of almost any direction in them
-# would look telling. Nor is a component an expert for rain: by the change of basis above, components are not even defined one by one. And a map says where an affinity is large, not what the image would lose without
-# it; for that one has to take the affinities away and measure.
+# **What they do not show.** That the layer chose these directions to tell degradations apart. Eight random directions in the same
+# features reach 89 %, and on average the affinities lie within the range of the draws. Of a single token the affinities do tell
+# more, 0.78 against 0.69, a little more than the best of twenty draws (0.75); all 32 features tell 0.84. So it is the features
+# that know the degradation, and a map of almost any direction in them would look telling. Nor is a component an expert for rain:
+# by the change of basis above, components are not even defined one by one. And a map says where an affinity is large, not what
+# the image would lose without it; for that one has to take the affinities away and measure.
 #
-# These are six patchworks of three degradations, one set of weights and its last layer: enough to distrust a pretty map, too little for a law.
+# These are six patchworks of three degradations, one set of weights and its last layer: enough to distrust a pretty map, too
+# little for a law.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Two machines share a batch of 8: each computes the gradient of its 4 images. What must they exchange to take the same step as one machine with all 8? Check it. (The solution is folded below; it runs with the notebook.)
+# **1.** Two machines share a batch of 8: each computes the gradient of its 4 images. What must they exchange to take the same
+# step as one machine with all 8? Check it. (The solution is folded below; it runs with the notebook.)
 
 # %% jupyter={"source_hidden": true}
 # Solution
 # The loss is a mean over images, and no op mixes the images of a batch: so the gradient is the mean of the halves' gradients.
 # They exchange one flat array (an all-reduce); m, v and w then stay equal on both without being sent.
-images = [pixels.astype(np.float64) for pixels in feed.batch(recipe, scenes, suite, step=0)]
+images = [pixels.astype(np.float64) for pixels in feed.batch(recipe, step=0)]
 whole, left, right = (p64.zeros_like() for _ in range(3))
-train.gradient(*images, p64, config, cpu, whole)
-train.gradient(*(pixels[:4] for pixels in images), p64, config, cpu, left)
-train.gradient(*(pixels[4:] for pixels in images), p64, config, cpu, right)
+training.gradient(*images, p64, config, cpu, whole)
+training.gradient(*(pixels[:4] for pixels in images), p64, config, cpu, left)
+training.gradient(*(pixels[4:] for pixels in images), p64, config, cpu, right)
 assert np.linalg.norm((left.flat + right.flat) / 2 - whole.flat) < 1e-10 * np.linalg.norm(whole.flat)
 
 # %% [markdown]
-# **2.** The older way adds $\lambda w$ to the gradient ("L2"), so that it passes through $m$ and $v$. Take one parameter whose gradient is pure noise of standard deviation 100. Run both ways from $w = 1$ and from $w = 0$ with the
-# same noise for 1000 steps ($\eta = 10^{-3}$, $\lambda = 0.5$): which share of the initial distance is left, and why?
+# **2.** The older way adds $\lambda w$ to the gradient ("L2"), so that it passes through $m$ and $v$. Take one parameter whose
+# gradient is pure noise of standard deviation 100. Run both ways from $w = 1$ and from $w = 0$ with the same noise for 1000 steps
+# ($\eta = 10^{-3}$, $\lambda = 0.5$): which share of the initial distance is left, and why?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -628,20 +663,21 @@ starts = np.array([1.0, 0.0])                               # two runs at once
 decoupled, l2 = starts.copy(), starts.copy()
 moments = np.zeros((4, 2))
 for step in range(1, steps + 1):
-    optim.adamw(decoupled, np.full(2, noise[step - 1]), *moments[:2], step, lr, decay)
-    optim.adamw(l2, noise[step - 1] + decay * l2, *moments[2:], step, lr, 0)
+    ops.adamw(decoupled, np.full(2, noise[step - 1]), *moments[:2], step, lr, decay)
+    ops.adamw(l2, noise[step - 1] + decay * l2, *moments[2:], step, lr, 0)
 left_decoupled, left_l2 = decoupled[0] - decoupled[1], l2[0] - l2[1]
 print(f"left: decoupled {left_decoupled:.4f}, L2 {left_l2:.4f}")
 assert close(left_decoupled, (1 - lr * decay)**steps) and 0.97 < left_l2 < 1
 
 # %% [markdown]
-# **3.** Why is the loss the mean of the logarithms of the MSE, and not the logarithm of the mean? Both give each image a weight, $\partial L / \partial \mathrm{MSE}_b$. Compute it for the batch of section 2.
+# **3.** Why is the loss the mean of the logarithms of the MSE, and not the logarithm of the mean? Both give each image a weight,
+# $\partial L / \partial \mathrm{MSE}_b$. Compute it for the batch of section 2.
 
 # %% jupyter={"source_hidden": true}
 # Solution
-# Mean of logs: 10 / (B ln 10 MSE_b), so that a relative change counts alike in every image. Log of the mean: 10 / (ln 10 sum MSE),
-# the same for all: times its MSE, an image counts as its share of the sum, here from 0.04 to 0.28, and as the easy images get
-# better the worst (haze, low light) take over.
+# Mean of logs: 10 / (B ln 10 MSE_b), so that a relative change counts alike in every image. Log of the mean:
+# 10 / (ln 10 sum MSE), the same for all: times its MSE, an image counts as its share of the sum, here from 0.04 to 0.28, and as
+# the easy images get better the worst (haze, low light) take over.
 mse = np.mean((yhat - y)**2, axis=(1, 2, 3))
 means_of_logs, h = np.empty(B), 1e-6
 log_of_mean = means_of_logs.copy()

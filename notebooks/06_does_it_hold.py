@@ -1,22 +1,27 @@
 # %% [markdown]
 # # 6. Does it hold? A comparison, and how much of it is chance
 #
-# The paper ([arXiv 2605.06127](https://arxiv.org/abs/2605.06127)) claims that Continuous Expert Assembly (CEA) beats prompts, descriptors and routed experts on average, and most clearly where degradations vary over the
-# image or are composed. Its networks are large and its pictures real. Ours are toys: a network of 74 thousand parameters, degradations that are formulas. This notebook asks whether the claim holds *there*, and mostly how
-# anyone could tell.
+# The paper ([arXiv 2605.06127](https://arxiv.org/abs/2605.06127)) claims that Continuous Expert Assembly (CEA) beats prompts,
+# descriptors and routed experts on average, and most clearly where degradations vary over the image or are composed. Its networks
+# are large and its pictures real. Ours are toys: a network of 74 thousand parameters, degradations that are formulas. This
+# notebook asks whether the claim holds *there*, and mostly how anyone could tell.
 #
-# What was done ([`compare`](../tinycea/compare.py), [`data/results.sh`](../data/results.sh)): each of eight adapters was put into the same backbone and trained on each of four suites of degradations with five seeds.
-# With one seed, all adapters saw the very same batches. Their numbers of parameters agree within 5 %. The rates of learning were chosen on the validation photographs; the three test photographs were looked at only to
-# fill the table, and nothing was chosen by them. The claims:
+# What was done ([`compare`](../tinycea/lab/comparison.py), [`data/results.sh`](../data/results.sh)): each of eight adapters was
+# put into the same backbone and trained on each of four suites of degradations with five seeds. With one seed, all adapters saw
+# the very same batches. Their numbers of parameters agree within 5 %. The rates of learning were chosen on the validation
+# photographs; the three test photographs were looked at only to fill the table, and nothing was chosen by them. The claims:
 #
-# 1. Runs that differ in nothing but the seed differ in their decibels. Without that spread, a difference between two adapters means nothing.
+# 1. Runs that differ in nothing but the seed differ in their decibels. Without that spread, a difference between two adapters
+#    means nothing.
 # 2. Pairing removes whatever two adapters have in common; the identity for the variance of a difference says how much.
 # 3. The intervals of the table are a bootstrap of ten lines, over seeds and photographs.
-# 4. Where seeds or photographs matter, those intervals are too narrow: of five seeds and three photographs they cover the truth less often than 95 %. How often, we compute where the truth is known.
+# 4. Where seeds or photographs matter, those intervals are too narrow: of five seeds and three photographs they cover the truth
+#    less often than 95 %. How often, we compute where the truth is known.
 # 5. A run is a function of its recipe: trained again, in other company, it gives the same decibels to the last digit.
 # 6. What affinity maps show is one thing, what the network would lose without them another, and the second can be measured.
 #
-# Every number about the adapters is computed below from the file of results. The text only says how to read it, and would be the same had it come out otherwise.
+# Every number about the adapters is computed below from the file of results. The text only says how to read it, and would be the
+# same had it come out otherwise.
 
 # %%
 import os
@@ -31,10 +36,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"                    # before NumPy: as m
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import cea, compare, degrade, nafnet, plots, restore, train
+from tinycea import ablations, degradations, evaluation, nafnet, plots, training, zoo
+from tinycea.lab import comparison
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
 from tinycea.params import under
+from tinycea.restoration import restore_rgb
 from tinycea.scenes import Scene, photographs
 
 close = partial(np.allclose, rtol=1e-10, atol=1e-12)
@@ -42,35 +49,37 @@ close = partial(np.allclose, rtol=1e-10, atol=1e-12)
 # %% [markdown]
 # ## 1. The lines
 #
-# Each finished run is one line of `data/results/headline/runs.jsonl`. A line holds the recipe, what the network costs, and for each test photograph and each *entry* of the suite (a degradation, or several at once) the
-# mean PSNR in dB over several random draws. It does so for two *views*: whole photographs, and crops of 96 × 96 pixels. Lines without a network belong to the degraded input and to two classical restorers.
+# Each finished run is one line of `data/results/headline/runs.jsonl`. A line holds the recipe, what the network costs, and for
+# each test photograph and each *entry* of the suite (a degradation, or several at once) the mean PSNR in dB over several random
+# draws. It does so for two *views*: whole photographs, and crops of 96 × 96 pixels. Lines without a network belong to the
+# degraded input and to two classical restorers.
 #
 # Only the seeds that all eight adapters have finished count here, so that everyone has the same chances.
 
 # %%
-lines = [line for line in compare.finished("../data/results/headline") if line["recipe"].get("steps") in (1000, None)]
+lines = [line for line in comparison.finished("../data/results/headline") if line["recipe"].get("steps") in (1000, None)]
 
 
 def finished_seeds(suite):
     """The seeds that every adapter has finished."""
-    have = {adapter: set() for adapter in compare.HEADLINE}
+    have = {adapter: set() for adapter in comparison.HEADLINE}
     for recipe in (line["recipe"] for line in lines):
         if recipe["suite"] == suite and recipe["adapter"] in have:
             have[recipe["adapter"]].add(recipe["seed"])
     return sorted(set.intersection(*have.values()))
 
 
-seeds = {suite: found for suite in compare.SUITES if len(found := finished_seeds(suite)) > 1}
-known = (*compare.HEADLINE, "degraded", *compare.CLASSICAL)
+seeds = {suite: found for suite in comparison.SUITES if len(found := finished_seeds(suite)) > 1}
+known = (*comparison.HEADLINE, "degraded", *comparison.CLASSICAL)
 main = [line for line in lines if line["recipe"]["suite"] in seeds and line["recipe"]["adapter"] in known
         and line["recipe"].get("seed") in (None, *seeds[line["recipe"]["suite"]])]
-results = {view: compare.rows(main, view) for view in compare.VIEWS}
+results = {view: comparison.rows(main, view) for view in evaluation.VIEWS}
 print(f"{len(lines)} lines, {len(main)} of them used here; seeds:",
       "; ".join(f"{suite} {', '.join(map(str, found))}" for suite, found in seeds.items()))
 
 # %% [markdown]
-# As arrays $T_a$ of decibels, with a row per seed $s$, a column per photograph $f$ and a layer per entry $e$; $\bar T_a$ is their mean over the entries. And the fairness of the contest, as far as it can be read off the
-# lines:
+# As arrays $T_a$ of decibels, with a row per seed $s$, a column per photograph $f$ and a layer per entry $e$; $\bar T_a$ is their
+# mean over the entries. And the fairness of the contest, as far as it can be read off the lines:
 #
 # $$\left| \frac{\text{parameters of } a}{\text{parameters of CEA}} - 1 \right| \le 0.05 .$$
 
@@ -80,41 +89,44 @@ def arrays(view):
     found = defaultdict(lambda: defaultdict(dict))
     for line in main:
         if "seed" in line["recipe"]:
-            found[line["recipe"]["suite"]][line["recipe"]["adapter"]][line["recipe"]["seed"]] = compare.matrix(line, view)
+            found[line["recipe"]["suite"]][line["recipe"]["adapter"]][line["recipe"]["seed"]] = comparison.matrix(line, view)
     return {suite: {adapter: np.array([found[suite][adapter][seed] for seed in seeds[suite]])
-                    for adapter in compare.HEADLINE} for suite in seeds}
+                    for adapter in comparison.HEADLINE} for suite in seeds}
 
 
-T = {view: arrays(view) for view in compare.VIEWS}
+T = {view: arrays(view) for view in evaluation.VIEWS}
 photos = list(photographs("test"))
-entries = {suite: degrade.suite(suite) for suite in seeds}
-rivals = [adapter for adapter in compare.HEADLINE if adapter != "cea"]
+entries = {suite: degradations.suite(suite) for suite in seeds}
+rivals = [adapter for adapter in comparison.HEADLINE if adapter != "cea"]
 
 size = {line["recipe"]["adapter"]: line["parameters"] for line in main if "parameters" in line}
-for adapter in compare.HEADLINE:
+for adapter in comparison.HEADLINE:
     print(f"{adapter:14s} {size[adapter]:6d} parameters, {size[adapter] / size['cea'] - 1:+.1%}")
     assert abs(size[adapter] / size["cea"] - 1) <= 0.05
 for suite, found in T["photographs"].items():
-    for adapter in compare.HEADLINE:
+    for adapter in comparison.HEADLINE:
         assert found[adapter].shape == (len(seeds[suite]), len(photos), len(entries[suite]))
 
 # %% [markdown]
-# Who is who (all but the first follow the same three stages of the network): `wider` has no adapter and a wider backbone instead; `static` adds a low-rank map, the same for all images; `mlp` a small network per token; `descriptor`
-# scales and shifts the channels by one vector per image; `prompt` mixes learned prompts; `experts-image` and `experts-token` route an image, or each token, to a few of several learned experts; `cea` is
-# [notebook 2](02_hyper_adapter.ipynb). The definitions are in [`adapters.py`](../tinycea/adapters.py).
+# Who is who (all but the first follow the same three stages of the network): `wider` has no adapter and a wider backbone instead;
+# `static` adds a low-rank map, the same for all images; `mlp` a small network per token; `descriptor` scales and shifts the
+# channels by one vector per image; `prompt` mixes learned prompts; `experts-image` and `experts-token` route an image, or each
+# token, to a few of several learned experts; `cea` is [notebook 2](02_hyper_adapter.ipynb). The definitions are in
+# [`adapters.py`](../tinycea/adapters.py).
 #
 # ## 2. Why one seed proves nothing
 #
-# A seed decides the initial weights, the drawn scenes and every batch. None of this is part of the question. Each dot is one training run, with the mean over the test photographs and entries:
+# A seed decides the initial weights, the drawn scenes and every batch. None of this is part of the question. Each dot is one
+# training run, with the mean over the test photographs and entries:
 
 # %%
 figure, axes = plt.subplots(1, len(seeds), figsize=(2 + 1.9 * len(seeds), 3.2), sharey=True, squeeze=False)
 for axis, (suite, found) in zip(axes[0], T["photographs"].items()):
-    for place, adapter in enumerate(compare.HEADLINE):
+    for place, adapter in enumerate(comparison.HEADLINE):
         runs = found[adapter].mean((1, 2))
         axis.plot(runs, np.full(len(runs), place), ".", color="0.5", label="one seed")
         axis.plot(runs.mean(), place, "|", color="C1", ms=12, mew=2, label="mean of the seeds")
-    axis.set(title=suite, xlabel="PSNR (dB)", yticks=range(len(compare.HEADLINE)), yticklabels=compare.HEADLINE)
+    axis.set(title=suite, xlabel="PSNR (dB)", yticks=range(len(comparison.HEADLINE)), yticklabels=comparison.HEADLINE)
 axes[0, 0].invert_yaxis()
 figure.legend(*(part[:2] for part in axes[0, 0].get_legend_handles_labels()), loc="outside lower center", ncols=2)
 figure.suptitle("Does the order of the adapters survive a change of the seed?", fontsize=10)
@@ -125,23 +137,25 @@ plt.show()
 
 # %%
 for suite, found in T["photographs"].items():
-    table = np.array([found[adapter].mean((1, 2)) for adapter in compare.HEADLINE])         # (adapters, seeds)
-    place = 1 + (table > table[compare.HEADLINE.index("cea")]).sum(0)
-    best = [compare.HEADLINE[i] for i in table.argmax(0)]
+    table = np.array([found[adapter].mean((1, 2)) for adapter in comparison.HEADLINE])         # (adapters, seeds)
+    place = 1 + (table > table[comparison.HEADLINE.index("cea")]).sum(0)
+    best = [comparison.HEADLINE[i] for i in table.argmax(0)]
     print(f"{suite:10s} spread over seeds {np.sqrt(table.var(1, ddof=1).mean()):.2f} dB, of the adapters' means "
           f"{table.mean(1).std(ddof=1):.2f} dB; CEA's place: {', '.join(map(str, place))}; the best: {', '.join(best)}")
 
 # %% [markdown]
-# The first two numbers are standard deviations (the spread over seeds as the root of the mean variance). Where they are alike, a single seed mostly measures itself. If the places jump or the winners change, one seed
-# would have told a story that the next one takes back.
+# The first two numbers are standard deviations (the spread over seeds as the root of the mean variance). Where they are alike, a
+# single seed mostly measures itself. If the places jump or the winners change, one seed would have told a story that the next one
+# takes back.
 #
-# **Pairing.** Some of the scatter is common to all adapters: an easy photograph is easy for everyone, and perhaps a lucky seed is lucky for everyone. A difference $a - b$ taken seed by seed, or photograph by photograph,
-# loses the common part:
+# **Pairing.** Some of the scatter is common to all adapters: an easy photograph is easy for everyone, and perhaps a lucky seed is
+# lucky for everyone. A difference $a - b$ taken seed by seed, or photograph by photograph, loses the common part:
 #
 # $$\operatorname{Var}(a - b) = \operatorname{Var} a + \operatorname{Var} b - 2 \operatorname{Cov}(a, b) .$$
 #
-# Without pairs (the seeds of $a$ in another order than those of $b$) the covariance would be zero and the variances would add up. Pairing helps where the covariance is positive. It is not bound to be: with a negative one
-# the paired differences scatter *more*, and then this is the truth about them.
+# Without pairs (the seeds of $a$ in another order than those of $b$) the covariance would be zero and the variances would add up.
+# Pairing helps where the covariance is positive. It is not bound to be: with a negative one the paired differences scatter
+# *more*, and then this is the truth about them.
 
 # %%
 def pairing(a, b):
@@ -162,19 +176,22 @@ for suite, found in T["photographs"].items():
     print(f"{suite:12s}" + "".join(f"{value:12.3f}" for value in columns))
 
 # %% [markdown]
-# The right half is why every test uses the same photographs and the same degraded images for all: what makes one photograph harder than another
-# is common to all of them. The left half says what the same batches bought, if anything: two runs that read the same batches need not end alike.
+# The right half is why every test uses the same photographs and the same degraded images for all: what makes one photograph
+# harder than another is common to all of them. The left half says what the same batches bought, if anything: two runs that read
+# the same batches need not end alike.
 #
 # ## 3. The bootstrap over seeds and photographs
 #
-# Let $d_{sf} = \bar T_a[s, f] - \bar T_{\mathrm{CEA}}[s, f]$ be the paired differences, five seeds by three photographs, and $\bar d$ their mean. How far might $\bar d$ be from the mean over *all* seeds and all such
-# photographs? The *bootstrap* (Efron 1979) lets the sample stand for the world it came from: draw five seeds and three photographs anew, with replacement (some twice, others not at all), take the mean, repeat
-# 10000 times. The middle 95 % of these means are the interval:
+# Let $d_{sf} = \bar T_a[s, f] - \bar T_{\mathrm{CEA}}[s, f]$ be the paired differences, five seeds by three photographs, and
+# $\bar d$ their mean. How far might $\bar d$ be from the mean over *all* seeds and all such photographs? The *bootstrap*
+# (Efron 1979) lets the sample stand for the world it came from: draw five seeds and three photographs anew, with replacement
+# (some twice, others not at all), take the mean, repeat 10000 times. The middle 95 % of these means are the interval:
 #
-# $$d^*_b = \frac{1}{SF} \sum_{i=1}^{S} \sum_{j=1}^{F} d_{s_i f_j}, \qquad s_i \text{ and } f_j \text{ drawn anew for each } b, \qquad
+# $$d^*_b = \frac{1}{SF} \sum_{i=1}^{S} \sum_{j=1}^{F} d_{s_i f_j}, \qquad
+# s_i \text{ and } f_j \text{ drawn anew for each } b, \qquad
 # \big[\, q_{2.5\%}(d^*),\; q_{97.5\%}(d^*) \,\big] .$$
 #
-# That is all of [`interval`](../tinycea/compare.py):
+# That is all of [`interval`](../tinycea/lab/comparison.py):
 
 # %%
 suite = list(seeds)[-1]
@@ -185,11 +202,12 @@ draw = np.random.default_rng(0)
 drawn_seeds, drawn_photos = draw.integers(S, size=(10_000, S)), draw.integers(F, size=(10_000, F))
 means = [d[np.ix_(drawn_seeds[b], drawn_photos[b])].mean() for b in range(10_000)]
 ours = np.quantile(means, (0.025, 0.975))
-assert close(ours, compare.interval(d))
+assert close(ours, comparison.interval(d))
 print(f"{suite}, descriptor minus CEA: {d.mean():+.3f} dB, 95 % interval [{ours[0]:+.3f}, {ours[1]:+.3f}]")
 
 # %% [markdown]
-# A drawing only decides how often each run counts. With $v_b$ the shares of the seeds and $w_b$ those of the photographs, all drawings of many tables are one product, which the simulations below will want:
+# A drawing only decides how often each run counts. With $v_b$ the shares of the seeds and $w_b$ those of the photographs, all
+# drawings of many tables are one product, which the simulations below will want:
 #
 # $$d^*_b = v_b^\top\, d\, w_b = \sum_{s, f} (v_b w_b^\top)_{sf}\, d_{sf} .$$
 
@@ -211,8 +229,10 @@ def intervals(tables, draws=2000):
 assert close(intervals(d[None], 10_000)[:, 0], ours)
 
 # %% [markdown]
-# **Why photographs are drawn, and not crops.** There are more than a hundred crops. Drawing among them gives pleasantly short intervals, and wrong ones: 48 crops of one cat are not 48 pictures of the world. A world where we know
-# the truth: three photographs, each with a difference of its own (standard deviation 1 dB) around a true mean of 0, and 48 crops of each that scatter around it by 2 dB.
+# **Why photographs are drawn, and not crops.** There are more than a hundred crops. Drawing among them gives pleasantly short
+# intervals, and wrong ones: 48 crops of one cat are not 48 pictures of the world. A world where we know the truth: three
+# photographs, each with a difference of its own (standard deviation 1 dB) around a true mean of 0, and 48 crops of each that
+# scatter around it by 2 dB.
 
 # %%
 rng = np.random.default_rng(1)
@@ -231,30 +251,36 @@ print(f"how many of 1000 intervals hold the truth: drawing 144 crops {as_crops:.
 assert as_crops < as_photos - 0.15 and as_photos < 0.9
 
 # %% [markdown]
-# More crops per photograph make it worse: the interval shrinks to the mean over these three photographs, and the world has others. But drawing photographs does not give 95 % either.
+# More crops per photograph make it worse: the interval shrinks to the mean over these three photographs, and the world has
+# others. But drawing photographs does not give 95 % either.
 #
 # ## 4. How often does the interval hold the truth?
 #
-# **An extreme case by hand.** Let all seeds agree, so that only the photographs are drawn. Of three numbers $d_1 < d_2 < d_3$ the drawing $(d_1, d_1, d_1)$ comes up with probability $(1/3)^3$, which is more than 2.5 %. So the
-# "95 %" interval reaches from the smallest to the largest of them and no further. If each is as likely above as below the truth $\delta$, independently, the truth lies outside only if all three are on one side:
+# **An extreme case by hand.** Let all seeds agree, so that only the photographs are drawn. Of three numbers $d_1 < d_2 < d_3$ the
+# drawing $(d_1, d_1, d_1)$ comes up with probability $(1/3)^3$, which is more than 2.5 %. So the "95 %" interval reaches from the
+# smallest to the largest of them and no further. If each is as likely above as below the truth $\delta$, independently, the truth
+# lies outside only if all three are on one side:
 #
-# $$\Big(\frac13\Big)^3 = 3.7\,\% > 2.5\,\% \;\Rightarrow\; \big[ d_1, d_3 \big], \qquad P\big(d_1 \le \delta \le d_3\big) = 1 - 2 \cdot \Big(\frac12\Big)^3 = 75\,\% .$$
+# $$\Big(\frac13\Big)^3 = 3.7\,\% > 2.5\,\% \;\Rightarrow\; \big[ d_1, d_3 \big], \qquad
+# P\big(d_1 \le \delta \le d_3\big) = 1 - 2 \cdot \Big(\frac12\Big)^3 = 75\,\% .$$
 
 # %%
 only_photos = np.repeat(rng.normal(0, 1, (2000, 1, 3)), 5, 1)       # (experiments, seeds, photographs), all seeds alike
 low, high = intervals(only_photos)
 assert close(low, only_photos.min((1, 2))) and close(high, only_photos.max((1, 2)))
-assert close(compare.interval(only_photos[0]), (low[0], high[0]))
+assert close(comparison.interval(only_photos[0]), (low[0], high[0]))
 print(f"5 seeds that agree, 3 photographs: {coverage(only_photos):.1%}")
 assert abs(coverage(only_photos) - 0.75) < 0.03
 
 # %% [markdown]
-# **A model of the scatter.** In general a difference has a part of the seed, a part of the photograph, and a rest, independent with standard deviations $\sigma_\alpha$, $\sigma_\beta$, $\sigma_\varepsilon$:
+# **A model of the scatter.** In general a difference has a part of the seed, a part of the photograph, and a rest, independent
+# with standard deviations $\sigma_\alpha$, $\sigma_\beta$, $\sigma_\varepsilon$:
 #
 # $$d_{sf} = \delta + \alpha_s + \beta_f + \varepsilon_{sf} .$$
 #
-# How large are they in our lines? The variance of the means over the photographs is $\sigma_\alpha^2 + \sigma_\varepsilon^2 / F$, that of the means over the seeds $\sigma_\beta^2 + \sigma_\varepsilon^2 / S$, and what
-# is left after taking both off estimates $\sigma_\varepsilon^2$. Solved for the three (estimates may be negative, which stands for zero):
+# How large are they in our lines? The variance of the means over the photographs is $\sigma_\alpha^2 + \sigma_\varepsilon^2 / F$,
+# that of the means over the seeds $\sigma_\beta^2 + \sigma_\varepsilon^2 / S$, and what is left after taking both off estimates
+# $\sigma_\varepsilon^2$. Solved for the three (estimates may be negative, which stands for zero):
 
 # %%
 def components(d):
@@ -284,8 +310,9 @@ for view, suite in ((view, suite) for view in differences for suite in seeds):
     print(f"{suite + ', ' + view:26s} seeds {{:.3f}}   photographs {{:.3f}}   rest {{:.3f}}".format(*spread[suite, view]))
 
 # %% [markdown]
-# Now the same model with a known truth, 2000 times: how often does the interval hold it, for 5 seeds and 3 photographs? First for made-up spreads, then for those just estimated. The last column is the remedy: by what
-# factor the two arms of the interval would have to be longer to hold the truth in 95 % of the cases.
+# Now the same model with a known truth, 2000 times: how often does the interval hold it, for 5 seeds and 3 photographs? First for
+# made-up spreads, then for those just estimated. The last column is the remedy: by what factor the two arms of the interval would
+# have to be longer to hold the truth in 95 % of the cases.
 
 # %%
 def stretch(tables, truth=0.0):
@@ -320,16 +347,19 @@ axis.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# **Why.** The expected variance of the drawings can be computed. A share $v_s$ in a drawing of $S$ has $\mathbb E \sum_s v_s^2 = (2 - \frac1S)/S$, where equal shares would have $1/S$. Put into $d^* = v^\top d\, w$, next to the true
+# **Why.** The expected variance of the drawings can be computed. A share $v_s$ in a drawing of $S$ has
+# $\mathbb E \sum_s v_s^2 = (2 - \frac1S)/S$, where equal shares would have $1/S$. Put into $d^* = v^\top d\, w$, next to the true
 # variance of the mean:
 #
 # $$\begin{aligned}
 # \operatorname{Var} \bar d &= \frac{\sigma_\alpha^2}{S} + \frac{\sigma_\beta^2}{F} + \frac{\sigma_\varepsilon^2}{SF}, \\
-# \mathbb E \operatorname{Var} d^* &= \Big(1 - \frac1S\Big) \frac{\sigma_\alpha^2}{S} + \Big(1 - \frac1F\Big) \frac{\sigma_\beta^2}{F}
+# \mathbb E \operatorname{Var} d^* &= \Big(1 - \frac1S\Big) \frac{\sigma_\alpha^2}{S} +
+# \Big(1 - \frac1F\Big) \frac{\sigma_\beta^2}{F}
 # + \Big[ \Big(2 - \frac1S\Big) \Big(2 - \frac1F\Big) - 1 \Big] \frac{\sigma_\varepsilon^2}{SF} .
 # \end{aligned}$$
 #
-# For 5 and 3 the three factors are $\frac45$, $\frac23$ and 2: too little of the seeds, still less of the photographs, and twice the rest, which is drawn once with the seeds and once more with the photographs (Owen 2007).
+# For 5 and 3 the three factors are $\frac45$, $\frac23$ and 2: too little of the seeds, still less of the photographs, and twice
+# the rest, which is drawn once with the seeds and once more with the photographs (Owen 2007).
 
 # %%
 S, F = 5, 3
@@ -345,21 +375,24 @@ for i, true in enumerate((1 / S, 1 / F, 1 / (S * F))):
     assert np.isclose(tables.mean((1, 2)).var(), true, rtol=0.1)
 
 # %% [markdown]
-# And even with the right variance the quantiles would be too close, since the variance of so few is itself a guess. More photographs cure what comes from photographs, more seeds what comes from seeds; neither replaces the
-# other. Two limits remain that no formula mends: the spreads put in were estimated from the same few runs, and the three test photographs were not drawn at random from anything.
+# And even with the right variance the quantiles would be too close, since the variance of so few is itself a guess. More
+# photographs cure what comes from photographs, more seeds what comes from seeds; neither replaces the other. Two limits remain
+# that no formula mends: the spreads put in were estimated from the same few runs, and the three test photographs were not drawn
+# at random from anything.
 #
 # ## 5. The table
 #
-# Mean PSNR of the whole test photographs, the standard deviation over seeds, and the paired difference to CEA with its interval. A **negative** difference means that CEA is ahead. Differences on the crops stand
-# beside it: a network that has learned from patches what an image's averages mean may be misled by those of a whole photograph, and then the two views disagree.
+# Mean PSNR of the whole test photographs, the standard deviation over seeds, and the paired difference to CEA with its interval.
+# A **negative** difference means that CEA is ahead. Differences on the crops stand beside it: a network that has learned from
+# patches what an image's averages mean may be misled by those of a whole photograph, and then the two views disagree.
 
 # %%
 by_view = {view: {(row["suite"], row["adapter"]): row for row in found} for view, found in results.items()}
 for suite in seeds:
     print(f"{suite}, {len(seeds[suite])} seeds")
     print(f"{'':16s}{'mult./px':>8s}{'PSNR':>7s}{'sd':>6s}   {'minus CEA, photographs':24s}minus CEA, crops")
-    for adapter in ("degraded", *compare.CLASSICAL, *compare.HEADLINE):
-        row, crops = (by_view[view].get((suite, adapter)) for view in compare.VIEWS)
+    for adapter in ("degraded", *comparison.CLASSICAL, *comparison.HEADLINE):
+        row, crops = (by_view[view].get((suite, adapter)) for view in evaluation.VIEWS)
         if row is None:
             continue
         cost = f"{row['multiplications']:8d}" if row["multiplications"] else " " * 8
@@ -371,7 +404,7 @@ for suite in seeds:
 
 for view, (suite, rival) in ((view, pair) for view in T for pair in by_view[view] if pair[1] in rivals):
     table = differences[view][suite][rival].mean(-1)        # the library's row, once more by hand
-    assert close(by_view[view][suite, rival]["minus_cea"]["all"], (table.mean(), *compare.interval(table)))
+    assert close(by_view[view][suite, rival]["minus_cea"]["all"], (table.mean(), *comparison.interval(table)))
 
 # %%
 figure, axes = plt.subplots(1, len(seeds), figsize=(2 + 1.9 * len(seeds), 3.4), sharey=True, squeeze=False)
@@ -389,8 +422,9 @@ figure.suptitle("Left of the line CEA is ahead, right of it the rival", fontsize
 plt.show()
 
 # %% [markdown]
-# Read a bar so: if it crosses the line, these runs do not tell who is ahead. If it does not, they seem to; the coverage of section 4 says how far to believe it. The count below is made twice, with the intervals as
-# they are and with both arms stretched by the factor that section 4 found for the suite and the view (never shortened):
+# Read a bar so: if it crosses the line, these runs do not tell who is ahead. If it does not, they seem to; the coverage of
+# section 4 says how far to believe it. The count below is made twice, with the intervals as they are and with both arms stretched
+# by the factor that section 4 found for the suite and the view (never shortened):
 
 # %%
 def decided(view, suite, entry="all", longer=1.0):
@@ -411,12 +445,14 @@ for suite in seeds:
     print(f"{suite:12s}" + "".join(f"{' / '.join(map(str, count)):>14s}" for count in counts))
 
 # %% [markdown]
-# **The claim itself** is about an average and about where the lead is clearest: in compositions (the entries of `cdd11` with a +) and where the degradation varies over the image (`patchwork`). So take the entries apart by
-# kind, and average over the rivals named in it. That is a difference of differences, again paired; for compositions and single degradations within one suite
+# **The claim itself** is about an average and about where the lead is clearest: in compositions (the entries of `cdd11` with a +)
+# and where the degradation varies over the image (`patchwork`). So take the entries apart by kind, and average over the rivals
+# named in it. That is a difference of differences, again paired; for compositions and single degradations within one suite
 #
 # $$\Delta_{sf} = \frac{1}{|E_+|} \sum_{e \in E_+} d_{sfe} - \frac{1}{|E_1|} \sum_{e \in E_1} d_{sfe} ,$$
 #
-# negative if CEA's lead is larger in compositions. For `patchwork` against another suite the photographs still match, and so does the seed's number, not much more.
+# negative if CEA's lead is larger in compositions. For `patchwork` against another suite the photographs still match, and so does
+# the seed's number, not much more.
 
 # %%
 named = ("descriptor", "prompt", "experts-image", "experts-token")
@@ -429,7 +465,7 @@ def versus(view, suite, kind=lambda entry: True):
 
 
 def told(title, table):
-    low, high = compare.interval(table)
+    low, high = comparison.interval(table)
     print(f"{title:42s} {table.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
@@ -452,52 +488,56 @@ for view in T:
     print()
 
 # %% [markdown]
-# **What it costs.** Equal parameters are not equal work: an expert that is computed and then weighted by zero has been computed. The library counts the multiplications of a forward pass by an array that counts them
-# ([notebook 3](03_linear_attention.ipynb)). Up and to the left is better; bars are one standard deviation over seeds.
+# **What it costs.** Equal parameters are not equal work: an expert that is computed and then weighted by zero has been computed.
+# The library counts the multiplications of a forward pass by an array that counts them ([notebook 3](03_linear_attention.ipynb)).
+# Up and to the left is better; bars are one standard deviation over seeds.
 
 # %%
 figure, axes = plt.subplots(1, len(seeds), figsize=(2 + 1.9 * len(seeds), 3.2), squeeze=False)
 for axis, suite in zip(axes[0], seeds):
-    for i, adapter in enumerate(compare.HEADLINE):
+    for i, adapter in enumerate(comparison.HEADLINE):
         row = by_view["photographs"][suite, adapter]
         look = {"color": "C1", "ms": 8} if adapter == "cea" else {"color": "0.45", "ms": 5}
         axis.errorbar(row["multiplications"] / 1000, row["psnr"], row["sd"], fmt="osD^v<P*"[i], capsize=2, label=adapter, **look)
-        assert row["multiplications"] == compare.multiplications(nafnet.by_adapter(adapter))
+        assert row["multiplications"] == comparison.multiplications(zoo.network(adapter))
     axis.set(title=suite, xlabel="thousand mult. per pixel")
 axes[0, 0].set_ylabel("PSNR (dB)")
 figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# **One doubt about the backbone.** NAFNet's blocks have a channel attention (SCA), itself a descriptor of the whole image; it might do what an adapter could have done. Where the file has runs without it, they are
-# compared with CEA without it:
+# **One doubt about the backbone.** NAFNet's blocks have a channel attention (SCA), itself a descriptor of the whole image; it
+# might do what an adapter could have done. Where the file has runs without it, they are compared with CEA without it:
 
 # %%
 bare = [line for line in lines if "sca=false" in line["recipe"]["adapter"]]
-for row in compare.rows(bare):
+for row in comparison.rows(bare):
     if "minus_cea" in row:
         print(f"{row['suite']:10s} {row['adapter']:26s} {len(row['seeds'])} seeds: "
               "minus CEA without SCA {:+.2f} [{:+.2f}, {:+.2f}] dB".format(*row["minus_cea"]["all"]))
 print(f"{len(bare)} lines without channel attention")
-assert all(not nafnet.by_adapter(line["recipe"]["adapter"]).sca for line in bare)
+assert all(not zoo.network(line["recipe"]["adapter"]).sca for line in bare)
 
 # %% [markdown]
 # ## 6. A small part of it, live
 #
-# A table is worth what its rows are: each should come out again. Here two adapters train side by side on `patchwork`, as in the comparison but for 60 steps instead of 1000 and with 4 drawn scenes instead of 32. Then the
-# first one trains again, alone. A batch is a function of seed and step only, so neither its company nor the repetition may change a digit:
+# A table is worth what its rows are: each should come out again. Here two adapters train side by side on `patchwork`, as in the
+# comparison but for 60 steps instead of 1000 and with 4 drawn scenes instead of 32. Then the first one trains again, alone. A
+# batch is a function of seed and step only, so neither its company nor the repetition may change a digit:
 #
 # $$\text{PSNR} = f(\text{recipe}) .$$
 
 # %%
-recipes = [train.recipe_for(adapter, suite="patchwork", steps=60, scenes=4) for adapter in ("cea", "descriptor")]
+recipes = [training.recipe_for(adapter, suite="patchwork", steps=60, scenes=4) for adapter in ("cea", "descriptor")]
 
 
 def trained(recipes):
-    """The lines that `compare.train_cell` makes of recipes, in a folder that goes again."""
+    """The lines that `comparison` makes of recipes trained side by side, in a folder that goes again."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "models").mkdir()
-        return [line for line in compare.train_cell(recipes, Path(folder), "test") if isinstance(line, dict)]
+        while comparison.train_slice(recipes, Path(folder)) < recipes[0].steps:        # five seconds of it
+            pass
+        return [comparison.test_model(recipe, Path(folder), "test") for recipe in recipes]
 
 
 first = trained(recipes)
@@ -510,25 +550,28 @@ for title, line in zip(("cea", "descriptor", "cea, again"), (*first, again)):
     measured = line["psnr"]["photographs"]["patchwork"]
     print(f"{title:12s} {line['parameters']} parameters; after 60 steps",
           ", ".join(f"{photo} {dB:.4f} dB" for photo, dB in measured.items()))
-assert compare.matrix(first[0]).shape == (len(photos), 1)
+assert comparison.matrix(first[0]).shape == (len(photos), 1)
 
 # %% [markdown]
-# Whoever is ahead after 60 steps means nothing, for the reasons above. To check a line of the file, take its recipe, `train.Recipe(**line["recipe"])`, and give it to `trained`: about a minute. (The same bits take the
-# same machine and the same versions; elsewhere the last digits differ, and so does rounding grown over 1000 steps.)
+# Whoever is ahead after 60 steps means nothing, for the reasons above. To check a line of the file, take its recipe,
+# `training.Recipe(**line["recipe"])`, and give it to `trained`: about a minute. (The same bits take the same machine and the same
+# versions; elsewhere the last digits differ, and so does rounding grown over 1000 steps.)
 #
 # ## 7. What the maps show, and what would be missing without them
 #
-# CEA's own argument is that each token takes its mix of residuals by its own affinities $s_{nr}$, so that regions may be treated differently. Do the affinities follow the regions? For the shipped weights and the last CEA
-# layer, over a photograph with three degradations in three regions ([`affinity_maps`](../tinycea/train.py)), take for each $r$ the share of the map's variance that lies *between* the regions $k$ (with $N_k$ tokens of
-# mean $\mu_{kr}$):
+# CEA's own argument is that each token takes its mix of residuals by its own affinities $s_{nr}$, so that regions may be treated
+# differently. Do the affinities follow the regions? For the shipped weights and the last CEA layer, over a photograph with three
+# degradations in three regions ([`affinity_maps`](../tinycea/training.py)), take for each $r$ the share of the map's variance
+# that lies *between* the regions $k$ (with $N_k$ tokens of mean $\mu_{kr}$):
 #
 # $$\eta_r^2 = \frac{\sum_k N_k\, (\mu_{kr} - \mu_r)^2}{\sum_n (s_{nr} - \mu_r)^2} .$$
 #
-# It is 0 if all regions have the same mean and 1 if a map is constant in each. The control is the clean photograph with the same regions: whatever is seen there is the scene, not the degradation.
+# It is 0 if all regions have the same mean and 1 if a map is constant in each. The control is the clean photograph with the same
+# regions: whatever is seen there is the scene, not the degradation.
 
 # %%
-shipped, shipped_config = nafnet.load_model(restore.WEIGHTS)
-degraded, mask, names, affinities, kind, stage = train.affinity_maps(shipped, shipped_config, cpu)
+shipped, shipped_config = zoo.load_model(zoo.WEIGHTS)
+degraded, mask, names, affinities, kind, stage = training.affinity_maps(shipped, shipped_config, cpu)
 h, w, R = affinities.shape
 label = mask.argmax(-1)[::2, ::2][:h, :w]                   # a token is 2 x 2 pixels
 clean = photographs("test")["coffee"]
@@ -579,10 +622,12 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# Single maps are one basis among many ([notebook 5](05_training_by_hand.ipynb), section 7), so no bar is a finding by itself. That the dark bars exceed the gray ones would say that affinities see the degradation. It would not say
-# that the network *uses* this.
+# Single maps are one basis among many ([notebook 5](05_training_by_hand.ipynb), section 7), so no bar is a finding by itself.
+# That the dark bars exceed the gray ones would say that affinities see the degradation. It would not say that the network *uses*
+# this.
 #
-# **Taking the affinities away.** Replace each token's affinities by their mean over the image, $\bar s_r = \frac1N \sum_n s_{nr}$, with all weights as they are (`level="image"`). The update is linear in $S$, so every token
+# **Taking the affinities away.** Replace each token's affinities by their mean over the image,
+# $\bar s_r = \frac1N \sum_n s_{nr}$, with all weights as they are (`level="image"`). The update is linear in $S$, so every token
 # then gets the same one, the mean of all updates; the layer becomes a shift of the image's channels, as a descriptor makes it:
 #
 # $$y_n = x_n + \frac{1}{\sqrt R} \sum_r \bar s_r\, u_r = x_n + \frac1N \sum_m (y^{\text{token}}_m - x_m) .$$
@@ -591,12 +636,13 @@ plt.show()
 image_config = replace(shipped_config, adapter=replace(shipped_config.adapter, level="image"))
 layer = {name: value.astype(np.float64) for name, value in under(shipped, f"adapters.{stage}").items()}
 x = np.random.default_rng(3).normal(size=(1, 9, 11, shipped_config.width))
-y_token, y_image = (cea.cea(x, layer, config.adapter, ops)[0] for config in (shipped_config, image_config))
+y_token, y_image = (ablations.forward(x, layer, config.adapter, ops)[0] for config in (shipped_config, image_config))
 update = (y_token - x).mean((1, 2), keepdims=True)
 assert close(y_image, x + update) and np.abs(y_token - x - update).max() > 1e-3
 
 # %% [markdown]
-# For scale, the layer can also be silenced, $W_U = 0$, so that no token gets anything. Six patchworks of the three degradations, PSNR of the whole image:
+# For scale, the layer can also be silenced, $W_U = 0$, so that no token gets anything. Six patchworks of the three degradations,
+# PSNR of the whole image:
 
 # %%
 silent = shipped.copy()
@@ -609,11 +655,11 @@ variants = {"as trained": (shipped, shipped_config), "affinities averaged": (shi
 table, by_region = [], []
 for title, photo in photographs("test").items():
     for seed in (0, 1):
-        image, regions, _ = degrade.patchwork(Scene(photo), np.random.default_rng(seed), names)
+        image, regions, _ = degradations.patchwork(Scene(photo), np.random.default_rng(seed), names)
         regions = [regions.argmax(-1) == k for k in range(len(names))]
-        outputs = [restore.restore(image, *variant) for variant in variants.values()]
-        table.append([compare.psnr(output, photo) for output in (image, *outputs)])
-        by_region.append([[compare.psnr(output[region], photo[region]) for region in regions] for output in outputs])
+        outputs = [restore_rgb(image, *variant) for variant in variants.values()]
+        table.append([evaluation.psnr(output, photo) for output in (image, *outputs)])
+        by_region.append([[evaluation.psnr(output[region], photo[region]) for region in regions] for output in outputs])
         print(f"{title:9s} {seed}   degraded {table[-1][0]:.2f} dB   "
               + "   ".join(f"{variant} {value:.2f}" for variant, value in zip(variants, table[-1][1:])))
 
@@ -628,17 +674,21 @@ assert nafnet.shapes(image_config) == nafnet.shapes(shipped_config)         # th
 assert not np.array_equal(outputs[0], outputs[1])
 
 # %% [markdown]
-# A loss would say that *these* weights, trained with an affinity per token, rely on it. It would not say that a network trained without would be worse: that one would have arranged itself. The fair contest is between trained
-# networks, and the table of section 5 holds it: `descriptor` treats all tokens alike, `experts-token` each one by itself. (`cea-image`, CEA trained with averaged affinities, is an adapter of the library:
-# `tinycea compare --adapters cea-image`.)
+# A loss would say that *these* weights, trained with an affinity per token, rely on it. It would not say that a network trained
+# without would be worse: that one would have arranged itself. The fair contest is between trained networks, and the table of
+# section 5 holds it: `descriptor` treats all tokens alike, `experts-token` each one by itself. (`cea-image`, CEA trained with
+# averaged affinities, is an adapter of the library: `tinycea compare --adapters cea-image`.)
 #
-# **Does it hold?** The printed tables answer for these toys: three photographs, at most five seeds, 1000 steps, 74 thousand parameters, rates of learning tuned on one seed. They cannot answer for the paper's networks, which
-# are larger and trained for longer. What carries over is the way to ask: the same batches, the same photographs, differences in pairs, intervals whose coverage is known, and no choice made on the test.
+# **Does it hold?** The printed tables answer for these toys: three photographs, at most five seeds, 1000 steps, 74 thousand
+# parameters, rates of learning tuned on one seed. They cannot answer for the paper's networks, which are larger and trained for
+# longer. What carries over is the way to ask: the same batches, the same photographs, differences in pairs, intervals whose
+# coverage is known, and no choice made on the test.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Someone lost the pairing and bootstraps each adapter's table by itself, with seeds and photographs of its own. How much wider is the interval of the difference, for each suite? What did the pairing buy?
+# **1.** Someone lost the pairing and bootstraps each adapter's table by itself, with seeds and photographs of its own. How much
+# wider is the interval of the difference, for each suite? What did the pairing buy?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -653,13 +703,14 @@ for suite, found in T["photographs"].items():
             v, w = (shares(n, 10_000, draw) for n in table.shape)
             drawn.append(np.einsum("bs,sf,bf->b", v, table, w))
         unpaired = np.quantile(drawn[0] - drawn[1], (0.025, 0.975))
-        ratios.append(np.ptp(unpaired) / np.ptp(compare.interval((found[rival] - found["cea"]).mean(-1))))
+        ratios.append(np.ptp(unpaired) / np.ptp(comparison.interval((found[rival] - found["cea"]).mean(-1))))
     print(f"{suite:10s} the unpaired interval is {np.median(ratios):.1f} times as wide (median of {len(ratios)} rivals)")
     assert np.median(ratios) > 1
 
 # %% [markdown]
-# **2.** Eight adapters that are all equally good: their tables differ by chance alone. How often does at least one of seven look "significantly" different from the eighth, and how often does the one that happens to be the best look
-# better than the worst? Simulate, with one spread for all and a photograph part that every adapter has for itself.
+# **2.** Eight adapters that are all equally good: their tables differ by chance alone. How often does at least one of seven look
+# "significantly" different from the eighth, and how often does the one that happens to be the best look better than the worst?
+# Simulate, with one spread for all and a photograph part that every adapter has for itself.
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -677,15 +728,16 @@ print(f"one rival fixed beforehand {one:.0%}, any of seven {any_of_seven:.0%}, b
 assert 0.05 < one < any_of_seven < best
 
 # %% [markdown]
-# **3.** Many papers give an interval over seeds alone, on a fixed test set. How wide is it compared with the one over seeds and photographs, in the lines and in coverage? What question does it answer?
+# **3.** Many papers give an interval over seeds alone, on a fixed test set. How wide is it compared with the one over seeds and
+# photographs, in the lines and in coverage? What question does it answer?
 
 # %% jupyter={"source_hidden": true}
 # Solution
 # It answers: what would other seeds give on these three photographs? For that its truth is the mean over these photographs,
 # and it is right not to draw them. For the question of other photographs it is too narrow.
 for suite, found in differences["photographs"].items():
-    both = [np.ptp(compare.interval(table.mean(-1))) for table in found.values()]
-    alone = [np.ptp(compare.interval(table.mean(-1).mean(1, keepdims=True))) for table in found.values()]
+    both = [np.ptp(comparison.interval(table.mean(-1))) for table in found.values()]
+    alone = [np.ptp(comparison.interval(table.mean(-1).mean(1, keepdims=True))) for table in found.values()]
     print(f"{suite:10s} seeds alone: {np.median(np.divide(alone, both)):.2f} times the width (median of the rivals)")
 tables = simulate(1, 1, 0)
 alone, both = coverage(tables.mean(2, keepdims=True)), covered["both differ alike"]

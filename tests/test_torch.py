@@ -171,7 +171,7 @@ NETWORKS |= {f"adapter {name}": (replace(network(name), width=8, middle=1), (9, 
 @EVERY_BACKEND
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(room, name):
-    network(*NETWORKS[name], room)
+    random_network(*NETWORKS[name], room)
 
 
 # ---- official weights --------------------------------------------------------------------------------------------------
@@ -225,7 +225,6 @@ def test_foreign_weights_are_refused_by_name(spoil, named):
 # ---- losses and the optimizer ------------------------------------------------------------------------------------------
 
 LOSSES = {"l1_loss": ((), lambda a, b: F.l1_loss(a, b)),
-          "charbonnier_loss": ((0.01,), lambda a, b: ((a - b)**2 + 0.01**2).sqrt().mean()),
           "psnr_loss": ((), lambda a, b: (10 * torch.log10(((a - b)**2).mean((1, 2, 3)) + 1e-8)).mean())}
 
 

@@ -58,7 +58,7 @@ def shapes(C, config):
 
 
 def init(p, rng):
-    """As `cea.init`; a static A is N(0, 1), a static U zero. A generated A starts smaller: it is made from averages over tokens."""
+    """As `cea.init`; a static A is N(0, 1), a static U zero. A generated A starts smaller: it is made from means of tokens."""
     cea.init({name: value for name, value in p.items() if name not in "AU"}, rng)
     if "A" in p:
         p["A"][...] = rng.normal(0, 1, p["A"].shape)

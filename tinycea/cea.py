@@ -2,17 +2,18 @@
 
 For tokens X (B,N,C) of one stage's features:
 
-    X̂ = LayerNorm(X)                                     (B,N,C)      each token's mean and variance, eps 1e-6; weight, bias per channel
-    K = X̂ W_K,   V = X̂ W_V                               (B,N,D)      what the probe sees
+    X̂ = LayerNorm(X)                                      (B,N,C)      by each token's mean and variance, eps 1e-6, then a weight
+                                                                       and a bias per channel
+    K = X̂ W_K,   V = X̂ W_V                                (B,N,D)      what the probe sees
     P = softmax over n of  Q K^T / sqrt(D/h)              (B,h,R,N)    Q (R,D): R learned rank queries in h heads
     Z = P V                                               (B,R,D)      one summary of the image per rank component
     A = Z W_A,   U = Z W_U                                (B,R,C)      routing bases, residual directions
-    S = X̂ A^T / sqrt(C)                                   (B,N,R)      signed affinities: no softmax, no top-k
+    S = X̂ A^T / sqrt(C)                                    (B,N,R)      signed affinities: no softmax, no top-k
     Y = X + S U / sqrt(R)                                 (B,N,C)      each token assembles its own residual
 
 The paper's abstract fixes the probe, A, U and the signed affinities; LayerNorm, heads, scales and initialization are our choice.
-Derived line by line in notebooks/02_hyper_adapter; what the last two lines have to do with attention: notebooks/03_linear_attention.
-Its switches for ablation are in ablations.py.
+Derived line by line in notebooks/02_hyper_adapter; the last two lines as attention: notebooks/03_linear_attention. Switches for
+ablation are in ablations.py.
 """
 from .ops import cpu
 from .params import accumulate
@@ -31,7 +32,7 @@ def shapes(C, rank=8, heads=4, probe_channels=None):
 
 
 def init(p, rng):
-    """Fill a layer's parameters in place: matrices N(0, 1/rows), Q N(0, 1), W_U zero so that Y = X; the norm's 1 and 0. Our choice."""
+    """Fill a layer's parameters in place: matrices N(0, 1/rows), Q N(0, 1), W_U zero so that Y = X. Our choice."""
     for name, value in p.items():
         value[...] = 1 if name == "norm.weight" else 0 if name in ("norm.bias", "W_U") else rng.normal(
             0, 1 if name == "Q" else value.shape[0]**-0.5, value.shape)

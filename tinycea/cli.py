@@ -114,11 +114,15 @@ positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 # ---- the commands: each takes the parsed arguments and returns an exit status ----------------------------------------
 
+def given(args, *names):
+    """The options that were typed."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def train(args):
     from .evaluation import format_table
     from .training import train
-    options = {name: getattr(args, name) for name in ("suite", "adapter", "steps", "seed", "backend", "images")
-               if getattr(args, name) is not None}
+    options = given(args, "suite", "adapter", "steps", "seed", "backend", "images")
     if args.images:
         options["images"] = str(Path(args.images).resolve())          # the same folder from wherever the run is resumed
     result = train(args.out, resume=args.resume, minutes=args.minutes, **options)
@@ -129,23 +133,15 @@ def train(args):
 
 
 def compare(args):
-    from . import plots
     from .lab import comparison
-    options = {name: getattr(args, name) for name in ("suites", "adapters", "seeds", "steps", "rates")
-               if getattr(args, name) is not None}
+    options = given(args, "suites", "adapters", "seeds", "steps", "rates")
     quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
     recipes = comparison.grid(**quick | options)
     try:
         lines = comparison.compare(recipes, args.out, args.split, args.jobs)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
-    for view in comparison.VIEWS:
-        print(comparison.format_rows(comparison.rows(lines, view)))
-    plots.quality(comparison.rows(lines), Path(args.out) / "cost.png")
-    if len({recipe.steps for recipe in recipes}) > 1:
-        plots.quality(comparison.rows(lines), Path(args.out) / "steps.png", "steps")
-    plots.strip(comparison.examples(recipes, args.out, args.split), Path(args.out) / "strip.png")
-    print(f"{comparison.machine()}; runs, models and pictures in {args.out}")
+    comparison.publish(recipes, lines, Path(args.out), args.split)
     return 0
 
 
@@ -195,23 +191,8 @@ def gradcheck(args):
 
 
 def bench(args):
-    from datetime import date
-    from importlib.metadata import version
-
-    from .lab.bench import HEADER, bench, bench_gpu, format_row
-    from .ops import backend
-    from .runtime import machine
-    rows = bench_gpu if args.backend == "cuda" else bench
-    if args.json:
-        print(json.dumps(list(rows(args.quick)), indent=1))
-        return 0
-    print(HEADER)
-    versions = {"numpy"}
-    for row in rows(args.quick):
-        versions |= {"torch"} if "PyTorch" in row["rival"] and row["ratio"] else set()
-        print(format_row(row), flush=True)
-    where = machine() if args.backend == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
-    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")
+    from .lab.bench import publish
+    publish(args.backend, args.quick, args.json)
     return 0
 
 

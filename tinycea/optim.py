@@ -1,4 +1,4 @@
-"""What AdamW (ops) is fed: where weight decay applies, clipping by the global norm, the learning rate; see notebooks/05_training_by_hand."""
+"""What AdamW is fed: where weight decay applies, clipping by the global norm, the schedule; see notebooks/05_training_by_hand."""
 import math
 
 import numpy as np

@@ -5,6 +5,7 @@ compared is first shown to give the same outputs and gradients. tinycea computes
 cores.
 """
 import importlib.util
+import json
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import time
 import tracemalloc
 from contextlib import ExitStack, contextmanager
+from datetime import date
+from importlib.metadata import version
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +24,7 @@ from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafbl
 from ..ops import backend, cpu
 from ..optim import clip_by_norm
 from ..params import Params, under
-from ..runtime import InputError, peak_memory
+from ..runtime import InputError, machine, peak_memory
 from ..training import gradient, on_device
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
@@ -406,3 +409,18 @@ def format_row(r):
 
 
 HEADER = f"{'':62s} {'tinycea':>10s} {'rival':>10s} {'ratio':>6s} {'quartiles':>10s}  rival"
+
+
+def publish(backend_name, quick, as_json):
+    """Print the rows of a backend as they come, or all as JSON, then what machine they were measured on."""
+    rows = bench_gpu(quick) if backend_name == "cuda" else bench(quick)
+    if as_json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    print(HEADER)
+    versions = {"numpy"}
+    for row in rows:
+        versions |= {"torch"} if "PyTorch" in row["rival"] and row["ratio"] else set()
+        print(format_row(row), flush=True)
+    where = machine() if backend_name == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
+    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")

@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from ..nafnet import nafnet, shapes
 from ..ops import backend, reference
 from ..ops.cpu import keep_memory
 from ..params import Params, load
+from ..plots import save, show
 from ..restoration import restore_rgb
 from ..runtime import InputError, interruptible, machine, make_folder, pool
 from ..training import load_progress, recipe_for, save_progress, train_together
@@ -178,8 +180,8 @@ def test_without_network(row, split):
     restorer, strengths = CLASSICAL[row["adapter"]]
     found = [scores(lambda image, entry: restorer(image, s), test_set(entries, "validation", "crops")) for s in strengths]
     best = {entry: strengths[np.argmax([np.mean(list(score[entry].values())) for score in found])] for entry in entries}
-    found = tested(lambda image, entry: restorer(image, best[entry]), row["suite"], split)
-    return {"recipe": row, "split": split, "psnr": found, "strengths": best}
+    values = tested(lambda image, entry: restorer(image, best[entry]), row["suite"], split)
+    return {"recipe": row, "split": split, "psnr": values, "strengths": best}
 
 
 def tested(restorer, suite_name, split):
@@ -304,3 +306,49 @@ def examples(recipes, folder, split, size=128):
         results.append({title: (image[corner], psnr(image[corner], clean[corner])) for title, image in images.items()}
                        | {"clean": (clean[corner], None)})
     return results
+
+
+# ---- what is printed and drawn ---------------------------------------------------------------------------------------
+
+def publish(recipes, lines, folder, split):
+    """Print the tables of `compare`'s lines, draw the pictures into the folder."""
+    for view in VIEWS:
+        print(format_rows(rows(lines, view)))
+    quality(rows(lines), folder / "cost.png")
+    if len({recipe.steps for recipe in recipes}) > 1:
+        quality(rows(lines), folder / "steps.png", "steps")
+    strip(examples(recipes, folder, split), folder / "strip.png")
+    print(f"{machine()}; runs, models and pictures in {folder}")
+
+
+def quality(results, path, against="multiplications"):
+    """PSNR of `rows`, one panel per suite, a bar of one standard deviation over seeds.
+
+    against: "multiplications" per pixel, or training "steps", on a logarithmic axis; the points of one adapter are joined.
+    """
+    suites = list(dict.fromkeys(row["suite"] for row in results if row["steps"]))
+    figure = Figure((4.4 * len(suites), 3.8), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
+        for i, label in enumerate(dict.fromkeys(row["label"] for row in results if row["suite"] == title and row["steps"])):
+            x, y, sd = zip(*[(row[against], row["psnr"], row["sd"] or 0) for row in results
+                             if (row["suite"], row["label"]) == (title, label)])
+            axes.errorbar(x, y, sd, fmt="osD^v<>P*X"[i // 10 % 10] + "-", color=f"C{i % 10}", lw=1, capsize=2, label=label)
+        axes.set(title=title, ylabel="PSNR (dB)", **{"multiplications": {"xlabel": "multiplications per pixel"},
+                                                     "steps": {"xlabel": "training steps", "xscale": "log"}}[against])
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def strip(examples, path):
+    """One row per example of `examples`, a dict of title -> (image, PSNR or None); same size in a row."""
+    columns = max(map(len, examples))
+    figure = Figure((1.9 * columns, 2.3 * len(examples)), layout="constrained")
+    grid = figure.subplots(len(examples), columns, squeeze=False)
+    for row, images in zip(grid, examples):
+        for axes in row[len(images):]:
+            axes.axis("off")
+        for axes, (title, (image, dB)) in zip(row, images.items()):
+            show(axes, image, title, "" if dB is None else f"{dB:.2f} dB")
+            axes.title.set_fontsize(8)
+    save(figure, path)

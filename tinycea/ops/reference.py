@@ -2,24 +2,16 @@
 
 Letters: B images, H x W pixels, n over N = H W tokens, c over C channels, r over R rank components, d over D probe channels,
 h over heads; `dx` is always dL/dx, of x's shape. Images are channels-last (B,H,W,C), tokens (B,N,C) a view of them.
-A forward returns (y, cache), the cache a plain tuple; its backward takes (dy, cache) and returns one gradient per input, in order.
-Derivations: notebooks/01_token_assembly (affinity, combine), 02_hyper_adapter (layernorm, probe), 03_linear_attention (fast_weight).
+A forward returns (y, cache), the cache a plain tuple; its backward takes (dy, cache) and returns a gradient per input, in order.
+Derivations: notebooks/01_token_assembly (affinity, combine), 02_hyper_adapter (layernorm, probe), 03_linear_attention
+(fast_weight).
 """
 import math
-from types import FunctionType
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..runtime import InputError
-
-
-def _of_room(room, *names):
-    """Give another room (its `globals()`) these functions of this file and their backwards, calling that room's operations inside."""
-    for name in (n + end for n in names for end in ("", "_backward")):
-        f = globals()[name]
-        room[name] = FunctionType(f.__code__, room, name, f.__defaults__)
-
 
 # ---- where arrays live -------------------------------------------------------------------------------------------------
 
@@ -139,7 +131,7 @@ def depthwise3x3_backward(dy, cache):
 
 
 def down2x2(x, weight, bias):
-    """2 x 2 convolution with stride 2: each 2 x 2 patch becomes one token. x (B,2H,2W,I), even sides, weight (O,I,2,2) -> (B,H,W,O)."""
+    """2 x 2 convolution with stride 2: each patch becomes a token. x (B,2H,2W,I), even sides, weight (O,I,2,2) -> (B,H,W,O)."""
     B, H, W, C = x.shape
     patches = x.reshape(B, H // 2, 2, W // 2, 2, C)                             # (B,H,i,W,j,I)
     return np.tensordot(patches, weight, ((2, 4, 5), (2, 3, 1))) + bias, (patches, weight)
@@ -227,35 +219,6 @@ def scale_channels_backward(dy, cache):
     return dy * scale, (dy * x).sum((1, 2), keepdims=True)
 
 
-def scaled_conv1x1(x, weight, bias, scale):
-    """y = s (W x + b) = (s W) x + s b, one learned factor per channel (NAFNet's beta and gamma). scale (1,O,1,1) as PyTorch's."""
-    s = scale.reshape(-1)
-    y, cache = conv1x1(x, weight * s[:, None, None, None], bias * s)
-    return y, (cache, weight, bias, s)
-
-
-def scaled_conv1x1_backward(dy, cache):
-    """With the gradients of s W and s b: dW and db are these times s, ds their products with W and b, summed per channel."""
-    cache, weight, bias, s = cache
-    dx, dsW, dsb = conv1x1_backward(dy, cache)
-    ds = (dsW * weight).sum((1, 2, 3)) + dsb * bias
-    return dx, dsW * s[:, None, None, None], dsb * s, ds.reshape(1, -1, 1, 1)
-
-
-def attended_conv1x1(x, attention, weight, bias, scale):
-    """y = s (W (a x) + b): NAFNet's SCA, conv3 and beta: `scale_channels`, then `scaled_conv1x1`. attention (B,1,1,I)."""
-    u, c_attention = scale_channels(x, attention)
-    y, c_conv = scaled_conv1x1(u, weight, bias, scale)
-    return y, (c_attention, c_conv)
-
-
-def attended_conv1x1_backward(dy, cache):
-    """The two backwards in turn."""
-    c_attention, c_conv = cache
-    du, *rest = scaled_conv1x1_backward(dy, c_conv)
-    return *scale_channels_backward(du, c_attention), *rest
-
-
 # ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
 
 def probe(Q, K, V, heads):
@@ -296,7 +259,7 @@ def probe_backward(dZ, cache):
 
 
 def summarize(xhat, W_K, W_V, Q, heads):
-    """What R rank queries see of the tokens: K = xhat W_K, V = xhat W_V, Z = `probe`(Q, K, V). xhat (B,N,C), W (C,D), Q (R,D) -> Z (B,R,D)."""
+    """What R rank queries see: K = xhat W_K, V = xhat W_V, Z = `probe`(Q, K, V). xhat (B,N,C), W (C,D), Q (R,D) -> Z (B,R,D)."""
     K, c_K = linear(xhat, W_K)
     V, c_V = linear(xhat, W_V)
     Z, c_Z = probe(Q, K, V, heads)
@@ -362,7 +325,7 @@ def fast_weight_backward(dY, cache):
 def assembly(x, xhat, A, U):
     """Y = X + (xhat A^T / sqrt(C)) U / sqrt(R), in the cheaper order. x and xhat (B,N,C), A and U (B,R,C) -> Y (B,N,C).
 
-    Tokens first (`affinity`, `combine`) takes 2 N R C multiply-adds, the fast weight first R C^2 + N C^2.
+    Tokens first (`affinity`, `combine`) takes 2 N R C multiply-adds, the fast weight first R C^2 + N C^2; fewer win.
     """
     N, (R, C) = x.shape[-2], A.shape[-2:]
     return _assembly(x, xhat, A, U, R * C * C + N * C * C < 2 * N * R * C)
@@ -418,7 +381,7 @@ def token_mean_backward(dS, cache):
 # ---- what CEA is compared with ----------------------------------------------------------------------------------------
 
 def _bilinear(n, size, like):
-    """(n,size): the weights of `size` cells at each of n pixels, a hat around the pixel's place; centers aligned, edges repeated."""
+    """(n,size): the weights of `size` cells at each of n pixels, a hat around the pixel's place; centers align, edges repeat."""
     place = np.clip((np.arange(n) + 0.5) * size / n - 0.5, 0, size - 1)
     return np.asarray(np.maximum(0, 1 - abs(place[:, None] - np.arange(size))), like.dtype, like=like)
 
@@ -501,22 +464,8 @@ def l1_loss_backward(dy, cache):
     return dpred, -dpred
 
 
-def charbonnier_loss(pred, target, eps=1e-3):
-    """Mean of sqrt(error^2 + eps^2), a smooth L1 (Charbonnier et al. 1994). pred, target (B,H,W,C) -> scalar."""
-    error = _error(pred, target)
-    root = np.sqrt(error * error + eps * eps)
-    return root.mean(), (error, root)
-
-
-def charbonnier_loss_backward(dy, cache):
-    """dpred = error / sqrt(error^2 + eps^2) / count, dtarget = -dpred."""
-    error, root = cache
-    dpred = error / root * (float(dy) / error.size)
-    return dpred, -dpred
-
-
 def psnr_loss(pred, target, eps=1e-8):
-    """Minus the mean PSNR in dB: mean over images of 10 log10(MSE + eps), peak value 1 (NAFNet's loss). pred, target (B,H,W,C)."""
+    """Minus the mean PSNR in dB: mean over images of 10 log10(MSE + eps), peak 1 (NAFNet's loss). pred, target (B,H,W,C)."""
     error = _error(pred, target)
     mse = (error * error).mean((1, 2, 3), keepdims=True) + eps
     return 10 * np.log10(mse).mean(), (error, mse)
