@@ -35,6 +35,7 @@ def weights(folder, recipe):
     return load_model(folder / "models" / f"{compare.name([recipe])}.safetensors")[0].flat.tobytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_the_comparison_is_a_run_of_train(tmp_path, monkeypatch):
     lines = cell(tmp_path)
     monkeypatch.setattr(train, "held_out", lambda entries, *rest: [])
@@ -85,6 +86,7 @@ def test_every_preset_has_a_rate():
 COMMAND = ["compare", "--suites", "patchwork", "--adapters", "wider", "cea", "--seeds", "1"]
 
 
+@pytest.mark.slow
 def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
     for _ in range(2):
         assert cli.main(["compare", "--quick", "--out", str(tmp_path)]) == 0
@@ -97,6 +99,7 @@ def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
         assert {json.loads(line)["recipe"]["adapter"] for line in lines} == {"degraded", *compare.CLASSICAL, "wider", "cea"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "tinycea.cli", *COMMAND, "--steps", "100", "--split", "validation", "--out", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

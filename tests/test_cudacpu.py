@@ -14,7 +14,7 @@ from cudacpu.mutants import MUTANTS
 
 SEEDS = range(5)
 CHECKED_SEEDS = (2, 3)                            # even and odd differ: the poison, and when an asynchronous copy lands
-pytestmark = pytest.mark.skipif(bool(cudacpu.missing()), reason=f"the emulator needs {cudacpu.missing()}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cudacpu.missing()), reason=f"the emulator needs {cudacpu.missing()}")]
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc.missing()), reason=f"NVRTC needs {nvrtc.missing()}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-nbclient, jupytext = pytest.importorskip("nbclient"), pytest.importorskip("jupytext")
+jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -31,8 +31,10 @@ def test_the_set_is_whole():
     assert listed == NAMES
 
 
+@pytest.mark.slow
 @every
 def test_it_runs_from_its_source(name):
+    nbclient = pytest.importorskip("nbclient")                            # seconds, which only these tests have to spend
     notebook = jupytext.read(FOLDER / f"{name}.py")
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert not complaints(notebook)
@@ -59,7 +61,7 @@ def test_three_exercises_with_folded_solutions(name):
     assert all("assert" in cells[i].source for i in folded)
 
 
-@pytest.mark.parametrize("path", [*FOLDER.glob("*.py"), FOLDER / "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted(FOLDER.glob("*.py")), FOLDER / "README.md"], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = "\n".join(line for line in path.read_text("utf-8").splitlines() if path.suffix == ".md" or line.startswith("#"))
     links = re.findall(r"\[([^\]]*)\]\((?!http)([^)#]+)\)", text)
@@ -75,6 +77,7 @@ def test_docstrings_point_back():
     assert set(pointers) == set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right, wrong", [
     ("dZ = dZ + through(dU", "dZ = dZ - through(dU"), ("dXhat += dXhat_Z", "dXhat -= dXhat_Z"),
     ("dX_norm += dX\n", "dX_norm -= dX\n"), ("g[\"W_K\"] += dW_K", "g[\"W_K\"] -= dW_K")])

@@ -24,12 +24,22 @@ from tinycea.restore import held_out, quality, table
 TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def quick():
     """One held-out photograph and small validation patches: these tests are about the loop, not the result."""
-    whole = job.held_out
-    monkeypatch.setattr(job, "held_out", lambda entries, *rest: [next(whole(entries, *rest)) for entries in [entries[:1]]])
-    monkeypatch.setattr(job, "held_out_patches", lambda entries, size=16, whole=job.held_out_patches: whole(entries[:1], size))
+    whole, patches = job.held_out, job.held_out_patches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "held_out", lambda entries, *rest: [next(whole(entries[:1], *rest))])
+        patch.setattr(job, "held_out_patches", lambda entries, size=16: patches(entries[:1], size))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(quick, tmp_path_factory):
+    """The folder of an uninterrupted run of TINY."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    job.train(TINY, folder)
+    return folder
 
 
 def interrupt_at(monkeypatch, step):
@@ -54,17 +64,20 @@ def same_log(a, b):
     np.testing.assert_array_equal(log(a), log(b))
 
 
-def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
-    for name, recipe in (("a", TINY), ("b", TINY), ("c", replace(TINY, seed=1))):
+def same_model(a, b):
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_same_seed_same_bytes_and_another_seed_another_model(whole, tmp_path):
+    for name, recipe in (("again", TINY), ("other", replace(TINY, seed=1))):
         job.train(recipe, tmp_path / name)
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b and a != c
-    same_log(tmp_path / "a", tmp_path / "b")
+    assert same_model(tmp_path / "again", whole) and not same_model(tmp_path / "other", whole)
+    same_log(tmp_path / "again", whole)
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, monkeypatch, step):
-    job.train(TINY, tmp_path / "whole")
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
         interrupt_at(patch, step)
         job.train(TINY, tmp_path / "cut")
@@ -72,26 +85,26 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, 
     assert not (tmp_path / "cut" / "result.json").exists()
     assert job.resumable(tmp_path / "cut", {}) == TINY
     job.train(TINY, tmp_path / "cut", resume=True)
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    same_log(tmp_path / "cut", tmp_path / "whole")
+    assert same_model(tmp_path / "cut", whole)
+    same_log(tmp_path / "cut", whole)
 
 
-def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
-    job.train(TINY, tmp_path / "whole")
+@pytest.mark.slow
+def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "SAVE_SECONDS", 0)
-    steps, whole = [], job.gradient
+    steps, right = [], job.gradient
 
     def gradient(*arguments):
         steps.append(0)
         if len(steps) > 3:
             raise RuntimeError("crash")
-        return whole(*arguments)
+        return right(*arguments)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         patch.setattr(job, "gradient", gradient)
         job.train(TINY, tmp_path / "cut")
     assert len(log(tmp_path / "cut")) == 3
     job.train(TINY, tmp_path / "cut", resume=True)
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert same_model(tmp_path / "cut", whole)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -105,6 +118,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not np.array_equal(first[0][1], first[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_feeds_the_same_bytes(workers):
     scenes, entries = (feed.leaves_of(TINY), feed.photographs_of(TINY)), suite(TINY.suite)
@@ -114,6 +128,7 @@ def test_any_number_of_workers_feeds_the_same_bytes(workers):
         np.testing.assert_array_equal(right, feed.batch(TINY, scenes, entries, step))
 
 
+@pytest.mark.slow
 def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="no readable image"):
@@ -125,6 +140,7 @@ def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_worker_leaves_when_its_trainer_is_killed(tmp_path):
     code = """
@@ -149,12 +165,14 @@ if __name__ == "__main__":
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path):
     job.train(replace(TINY, steps=80, suite="aio3", warmup=5), tmp_path / "run")
     loss = [row[2] for row in log(tmp_path / "run")]
     assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.5
 
 
+@pytest.mark.slow
 def test_the_run_folder_is_complete_and_true(tmp_path):
     result = job.train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -165,11 +183,13 @@ def test_the_run_folder_is_complete_and_true(tmp_path):
     assert config.adapter.affinity == "softmax" and p.flat.size == result["parameters"]
 
 
+@pytest.mark.slow
 def test_diverging_training_stops_with_one_sentence(tmp_path):
     with pytest.raises(InputError, match="diverged at step"), np.errstate(all="ignore"):
         job.train(replace(TINY, lr=1e30), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -202,6 +222,7 @@ def test_resume_needs_an_interrupted_run(tmp_path):
         job.resumable(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_damaged_state_and_needs_no_log(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -217,6 +238,7 @@ def test_resume_refuses_a_damaged_state_and_needs_no_log(tmp_path, monkeypatch):
     np.testing.assert_array_equal(log(tmp_path / "run")[:len(rows)], rows)
 
 
+@pytest.mark.slow
 def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -230,6 +252,7 @@ def test_the_schedule_is_a_line_then_half_a_cosine():
     np.testing.assert_allclose(rate, [0.75, 1.5, 3.0, 2.0, 1.0])
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_by_a_clock(monkeypatch):
     ticks = iter(np.arange(0, 100, 0.25))                     # a step takes one tick of a quarter of a second
     monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))
