@@ -143,6 +143,7 @@ def test_cpu_is_reference(config):
                 assert np.abs(mine[name] - value).max() <= RTOL["a layer"] * max(np.abs(value).max(), 1), name
 
 
+@pytest.mark.slow
 @EVERY_CONFIG
 def test_the_cuda_room_is_reference(config, emulated_cupy):
     x, p, forward = layer(config, dtype=np.float32)

@@ -46,7 +46,7 @@ def test_exponents():
 @pytest.mark.parametrize("kind, size", [
     ("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)), ("NAFBlock forward+backward", (2, 5, 7, 6)),
     ("training step", (2, 10)), ("inference", (1, 12))])
-@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+@pytest.mark.parametrize("layout", ["NCHW", pytest.param("channels_last", marks=pytest.mark.slow)])
 def test_both_sides_compute_the_same(kind, size, layout):
     pytest.importorskip("torch")
     run, answers = bench.theirs(kind, size, layout, 1)
@@ -68,7 +68,13 @@ def check(rows):
             assert row["ratio"] == pytest.approx(mine / other) and row["spread"][0] <= row["spread"][1]
 
 
-def test_quick_bench_as_a_user_runs_it(capsys):
+@pytest.mark.slow
+def test_quick_bench_as_a_user_runs_it(monkeypatch, capsys):
+    """Of other sizes: its rows are whole, whatever they say."""
+    small = {"CEA": (1024, 24, 8), "NAFBlock": (2, 16, 16, 8), "training": (2, 16), "inference": (1, 32)}
+    jobs, peaks, _ = bench.QUICK
+    jobs, peaks = ([(kind, small[kind.split()[0]]) for kind, _ in which] for which in (jobs, peaks))
+    monkeypatch.setattr(bench, "QUICK", (jobs, peaks, [16, 32]))
     assert cli.main(["bench", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     check(rows)
@@ -78,9 +84,11 @@ def test_quick_bench_as_a_user_runs_it(capsys):
     assert all(any(row["name"].startswith(kind) for row in rows) for kind in kinds)
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "QUICK", ([("CEA forward", (64, 12, 3))], [], [8, 16]))
+    monkeypatch.setattr(bench, "process_seconds", lambda arguments: 1.0)
     rows = list(bench.bench(quick=True))
     check(rows)
     assert {row["rival"] for row in rows} == {"PyTorch is not installed", "none", "import numpy"}
@@ -91,6 +99,7 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     assert re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1])
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_one_sentence(capfd):
     with bench.side("no such layout") as ask, pytest.raises(InputError, match="process ended"):
         ask("prepare", "inference", (1, 8))

@@ -39,6 +39,7 @@ def weights(folder, recipe):
     return load_model(compare.model_path(recipe, folder))[0].flat.tobytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_the_comparison_is_a_run_of_train(tmp_path, monkeypatch):
     lines = cell(tmp_path)
     monkeypatch.setattr(training, "finish", lambda recipe, p, *rest: p.flat.tobytes())
@@ -89,9 +90,10 @@ def test_every_preset_has_a_rate():
 COMMAND = ["compare", "--suites", "patchwork", "--adapters", "wider", "cea", "--seeds", "1"]
 
 
+@pytest.mark.slow
 def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
     for _ in range(2):
-        assert cli.main(["compare", "--quick", "--out", str(tmp_path)]) == 0
+        assert cli.main(["compare", "--quick", "--suites", "patchwork", "--out", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert said.count("minus CEA's") == 2
         assert all(row in said for row in ("degraded", "total variation", "non-local means", "wider", "cea"))
@@ -101,6 +103,7 @@ def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
         assert {json.loads(line)["recipe"]["adapter"] for line in lines} == {"degraded", *compare.CLASSICAL, "wider", "cea"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "tinycea", *COMMAND, "--steps", "100", "--split", "validation", "--out", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -81,8 +81,9 @@ def compare_on(ops, name, inputs, settings, dtype):
     return got
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("C, N", SIZES)
+@pytest.mark.parametrize("C, N, dtype", [
+    pytest.param(*size, dtype, marks=[pytest.mark.slow] * ((*size, dtype) != (5, 31, "float32")))
+    for size in SIZES for dtype in ("float32", "float64")])
 @pytest.mark.parametrize("name", DOORS)
 def test_it_is_reference_under_any_schedule(ops, name, C, N, dtype):
     results = []
@@ -93,6 +94,7 @@ def test_it_is_reference_under_any_schedule(ops, name, C, N, dtype):
         assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0], other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOORS)
 def test_no_race_no_uninitialized_read_no_stray_access(emulated, name):
     for seed in (0, 1):
@@ -100,6 +102,7 @@ def test_no_race_no_uninitialized_read_no_stray_access(emulated, name):
             compare(emulated, name, 33, 65, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C, R", [(16, 32), (48, 48), (64, 64)])
 def test_the_assembly_on_tensor_cores(ops, C, R):
     for N in (1, 31, 33, 900):
@@ -110,6 +113,7 @@ def test_the_assembly_on_tensor_cores(ops, C, R):
         assert all(a.tobytes() == b.tobytes() for a, b in zip(*results))
 
 
+@pytest.mark.slow
 def test_the_assembly_on_tensor_cores_checked(emulated, monkeypatch):
     launched, launch = [], emulated._launch
     monkeypatch.setattr(emulated, "_launch", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)))
@@ -133,6 +137,7 @@ def compare_half(ops, C, N):
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C, N", SIZES)
 def test_the_assembly_on_tokens_stored_in_half_precision(ops, C, N):
     results = []
@@ -191,6 +196,7 @@ MUTANTS = [                                   # file, what is written there, wha
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, right, wrong, name", MUTANTS, ids=range(len(MUTANTS)))
 def test_a_broken_kernel_is_seen(emulated, monkeypatch, file, right, wrong, name):
     whole = emulated.source
@@ -238,20 +244,22 @@ def instances(emulated, C, R, heads=4):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
-@pytest.mark.parametrize("C", [24, 48, 128])
-def test_every_kernel_compiles_for_gpus_without_spills(emulated, arch, C):
+@pytest.mark.parametrize("file", sorted(path.stem for path in (Path(reference.__file__).parent / "kernels").glob("*.cu")))
+def test_every_kernel_compiles_for_gpus_without_spills(emulated, arch, file):
     if missing := nvrtc.missing():
         pytest.skip(f"NVRTC needs {missing}")
-    named = instances(emulated, C, 8)
-    assert set(named) == {path.stem for path in (Path(emulated.__file__).parent / "kernels").glob("*.cu")}
-    for file, names in named.items():
-        written = re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))
-        assert set(written) == {name.split("<")[0] for name in names}
-        for name, cost in nvrtc.compile("#include <cuda_fp16.h>\n" + emulated.source(file), names, arch).items():
-            assert cost["spills"] == cost["stack"] == 0, (name, cost)
+    names = {name: None for C in (24, 48, 128) for name in instances(emulated, C, 8)[file]}      # some do not depend on C
+    written = re.findall(r"__launch_bounds__\([^)]*\) (\w+)\(", emulated.source(file))
+    assert set(written) == {name.split("<")[0] for name in names}
+    costs = nvrtc.compile("#include <cuda_fp16.h>\n" + emulated.source(file), names, arch)
+    assert set(costs) == set(names)
+    for name, cost in costs.items():
+        assert cost["spills"] == cost["stack"] == 0, (name, cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_adamw_is_optims(ops, dtype):
     w, g, m, v, lr, decay = abs(n(6, 5000)).astype(dtype)
@@ -263,6 +271,7 @@ def test_adamw_is_optims(ops, dtype):
         assert np.abs(a - b).max() <= TOLERANCE[dtype] * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
     config = NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2))
     rng = np.random.default_rng(0)
@@ -282,6 +291,7 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
     assert moved.mean() > 0.5 and np.abs(p - p_cpu)[moved].max() < 1e-4 * np.abs(p_cpu).max()
 
 
+@pytest.mark.slow
 def test_gradients_in_float64(ops):
     names = {"layernorm", "norm_conv1x1", "gated_depthwise3x3", "scale_channels", "summarize",
              "assembly (tokens first)", "cea (signed, token, static none)", "cea (signed, token, static none, of X)"}
@@ -293,6 +303,7 @@ def test_gradients_in_float64(ops):
     assert not names
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_goes_to_reference(ops):
     big = parts(5, 31, 70).values()
     for got, expected in zip(run(ops, "assembly", big, ()), run(reference, "assembly", big, ())):
@@ -302,6 +313,7 @@ def test_what_does_not_fit_goes_to_reference(ops):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_attention_is_references(ops):
     inputs, settings = DOORS["summarize"](5, 31)
     P = [room.to_host(room.attention(room.summarize(*map(room.to_device, inputs.values()), *settings)[1]))
@@ -345,11 +357,13 @@ def no_driver():
     raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorInsufficientDriver")
 
 
+@pytest.mark.slow
 def test_tinycea_does_not_import_cupy():
     code = "import sys, tinycea.cli, tinycea.training, tinycea.cases; assert 'cupy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "network", lambda name: NAFNetConfig(width=6, middle=1, adapter=CEAConfig(rank=3, heads=2)))
     monkeypatch.setattr(training, "test_set", lambda *which: [("", "", *[np.zeros((8, 8, 3), np.float32)] * 2)])
@@ -363,6 +377,7 @@ def test_a_run_on_the_gpu_trains_saves_and_resumes(emulated, tmp_path, monkeypat
     assert np.array_equal(again.flat, p.flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, size", [("CEA forward", (64, 12, 3)), ("CEA forward+backward", (64, 12, 3)),
                                         ("training step", (2, 10))])
 def test_the_benchs_jobs_compute_the_same_on_the_gpu(ops, kind, size):
@@ -370,6 +385,7 @@ def test_the_benchs_jobs_compute_the_same_on_the_gpu(ops, kind, size):
         assert np.abs(ops.to_host(a) - b).max() <= bench.TOLERANCE * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_has_a_row_for_every_op(emulated, monkeypatch):
     monkeypatch.setattr(bench, "KERNELS", (2048, 16, 3))
     monkeypatch.setattr(bench, "GPU_JOBS", [])

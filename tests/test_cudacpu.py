@@ -3,7 +3,6 @@ import functools
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from cudacpu.mutants import MUTANTS
 
 SEEDS = range(5)
 CHECKED_SEEDS = (2, 3)                            # even and odd differ: the poison, and when an asynchronous copy lands
-pytestmark = pytest.mark.skipif(bool(cudacpu.missing()), reason=f"the emulator needs {cudacpu.missing()}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(cudacpu.missing()), reason=f"the emulator needs {cudacpu.missing()}")]
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc.missing()), reason=f"NVRTC needs {nvrtc.missing()}")
 
 
@@ -23,15 +22,6 @@ needs_nvrtc = pytest.mark.skipif(bool(nvrtc.missing()), reason=f"NVRTC needs {nv
 def module(file, check=False, mutant=None):
     code = mutant.apply(source(file)) if mutant else source(file)
     return cudacpu.RawModule(code=code, name_expressions=NAMES[file], filename=f"{file}.cu", check=check)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """All modules of this file, compiled side by side: a minute of g++ where nothing is cached."""
-    jobs = [(file, check) for file in NAMES for check in (False, True)]
-    jobs += [(CASES[m.case].file, m.check == "checked", m) for m in MUTANTS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield [pool.submit(module, *job) for job in jobs]
 
 
 def inline(code, name, **options):
@@ -194,8 +184,8 @@ def test_two_processes_may_compile_the_same_kernel(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
     both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    left = [path.suffix for path in (tmp_path / "tinycea-cudacpu").iterdir()]
-    assert left == [".so", ".so"]                                          # the runtime and the kernel
+    left = sorted(path.suffix for path in (tmp_path / "tinycea-cudacpu").iterdir())
+    assert left == [".gch", ".so", ".so"]                                  # the header, the runtime and the kernel
 
 
 # ---- NVRTC -----------------------------------------------------------------------------------------------------------

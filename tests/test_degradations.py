@@ -281,6 +281,7 @@ def test_the_calibration_table_holds_cdd11():
     assert [row["entry"] for row in TABLE if row["cdd11_dB"]] == SUITES["cdd11"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row["entry"])
 def test_strengths_are_those_of_cdd11_and_of_the_table(row):
     psnr = np.mean([-10 * np.log10(mse(apply(Scene(image), row["entry"], rng(seed)), image))

@@ -244,7 +244,7 @@ def test_large_arguments_use_directions_and_small_ones_the_jacobian():
 
 
 def test_report_is_repeatable_and_shows_the_broken_ones(monkeypatch):
-    small = [case for case in cases.cases(reference) if not case[0].startswith("naf")]
+    small = [case for case in cases.cases(reference) if case[0] in OPS or case[0] in ("cea (fast weight)", "nafblock")]
     monkeypatch.setattr(cases, "cases", lambda ops, seed=0: iter(small))
     report = cases.report("cpu", 0)
     assert report == cases.report("cpu", 0)

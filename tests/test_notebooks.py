@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-nbclient, jupytext = pytest.importorskip("nbclient"), pytest.importorskip("jupytext")
+jupytext = pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -34,6 +34,7 @@ def test_the_set_is_whole():
 @pytest.mark.slow
 @every
 def test_it_runs_from_its_source(name):
+    nbclient = pytest.importorskip("nbclient")                            # seconds, which only these tests have to spend
     notebook = jupytext.read(FOLDER / f"{name}.py")
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert not complaints(notebook)
@@ -60,7 +61,7 @@ def test_three_exercises_with_folded_solutions(name):
     assert all("assert" in cells[i].source for i in folded)
 
 
-@pytest.mark.parametrize("path", [*FOLDER.glob("*.py"), FOLDER / "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted(FOLDER.glob("*.py")), FOLDER / "README.md"], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = "\n".join(line for line in path.read_text("utf-8").splitlines() if path.suffix == ".md" or line.startswith("#"))
     links = re.findall(r"\[([^\]]*)\]\((?!http)([^)#]+)\)", text)

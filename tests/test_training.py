@@ -10,11 +10,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
-from tinycea import feed
+from tinycea import feed, plots
 from tinycea import training as job
 from tinycea.evaluation import evaluate, psnr, ssim, table
 from tinycea.evaluation import test_set as tests_of
@@ -27,17 +28,31 @@ from tinycea.zoo import load_model, network
 TINY = job.Recipe(steps=7, scenes=2, batch=2, patch=16)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One held-out photograph and small validation patches: these tests are about the loop, not the result."""
-    monkeypatch.setattr(job, "test_set", lambda entries, *rest: tests_of(entries[:1], *rest, draws=1)[:1] if not rest else
-                        [(*names, *(image[:16, :16] for image in images)) for *names, images in
-                         ((entry, photo, images) for entry, photo, *images in tests_of(entries[:1], *rest))])
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """One held-out photograph, small validation patches and no pictures: these tests are about the loop, not the result."""
+    def few(entries, *which):
+        if not which:
+            return tests_of(entries[:1], draws=1)[:1]
+        return [(*names, degraded[:16, :16], clean[:16, :16]) for *names, degraded, clean in tests_of(entries[:1], *which)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "test_set", few)
+        patch.setattr(job, "plots", MagicMock())
+        yield
 
 
 def train(recipe, out, **options):
     """`tinycea.train` by a Recipe."""
     return job.train(out, **options, **asdict(recipe))
+
+
+@pytest.fixture(scope="module")
+def whole(quick, tmp_path_factory):
+    """The folder of an uninterrupted run of TINY."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(TINY, folder)
+    return folder
 
 
 def interrupt_at(monkeypatch, step):
@@ -62,17 +77,20 @@ def same_log(a, b):
     np.testing.assert_array_equal(log(a), log(b))
 
 
-def test_same_seed_same_bytes_and_another_seed_another_model(tmp_path):
-    for name, recipe in (("a", TINY), ("b", TINY), ("c", replace(TINY, seed=1))):
+def same_model(a, b):
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_same_seed_same_bytes_and_another_seed_another_model(whole, tmp_path):
+    for name, recipe in (("again", TINY), ("other", replace(TINY, seed=1))):
         train(recipe, tmp_path / name)
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b and a != c
-    same_log(tmp_path / "a", tmp_path / "b")
+    assert same_model(tmp_path / "again", whole) and not same_model(tmp_path / "other", whole)
+    same_log(tmp_path / "again", whole)
 
 
-@pytest.mark.parametrize("step", [1, 4])
-def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, monkeypatch, step):
-    train(TINY, tmp_path / "whole")
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
         interrupt_at(patch, step)
         train(TINY, tmp_path / "cut")
@@ -80,26 +98,26 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path, 
     assert not (tmp_path / "cut" / "result.json").exists()
     assert job.resumable(tmp_path / "cut", {}) == TINY
     train(TINY, tmp_path / "cut", resume=True)
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    same_log(tmp_path / "cut", tmp_path / "whole")
+    assert same_model(tmp_path / "cut", whole)
+    same_log(tmp_path / "cut", whole)
 
 
-def test_resume_after_a_crash_starts_at_the_last_state(tmp_path, monkeypatch):
-    train(TINY, tmp_path / "whole")
+@pytest.mark.slow
+def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "SAVE_SECONDS", 0)
-    steps, whole = [], job.gradient
+    steps, right = [], job.gradient
 
     def gradient(*arguments):
         steps.append(0)
         if len(steps) > 3:
             raise RuntimeError("crash")
-        return whole(*arguments)
+        return right(*arguments)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         patch.setattr(job, "gradient", gradient)
         train(TINY, tmp_path / "cut")
     assert len(log(tmp_path / "cut")) == 3
     train(TINY, tmp_path / "cut", resume=True)
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert same_model(tmp_path / "cut", whole)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -113,7 +131,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not np.array_equal(first[0][1], first[1][1])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_feeds_the_same_bytes(workers):
     with feed.feed(TINY, 2, workers) as batches:
         fed = list(batches)
@@ -122,6 +141,7 @@ def test_any_number_of_workers_feeds_the_same_bytes(workers):
         np.testing.assert_array_equal(right, feed.batch(TINY, step))
 
 
+@pytest.mark.slow
 def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="no readable image"):
@@ -133,6 +153,7 @@ def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_worker_leaves_when_its_trainer_is_killed(tmp_path):
     code = """
@@ -157,13 +178,16 @@ if __name__ == "__main__":
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path):
     train(replace(TINY, steps=80, suite="aio3", warmup=5), tmp_path / "run")
     loss = [row[2] for row in log(tmp_path / "run")]
     assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.5
 
 
-def test_the_run_folder_is_complete_and_true(tmp_path):
+@pytest.mark.slow
+def test_the_run_folder_is_complete_and_true(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "plots", plots)
     result = train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "log.csv", "model.safetensors", "curve.png", "before_after.png", "routing.png", "result.json"}
@@ -173,11 +197,13 @@ def test_the_run_folder_is_complete_and_true(tmp_path):
     assert config.adapter.affinity == "softmax" and p.flat.size == result["parameters"]
 
 
+@pytest.mark.slow
 def test_diverging_training_stops_with_one_sentence(tmp_path):
     with pytest.raises(InputError, match="diverged at step"), np.errstate(all="ignore"):
         train(replace(TINY, lr=1e30), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -195,10 +221,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("typed, message", [({"steps": 9}, "steps 7"), ({"suite": "aio3"}, "suite aio5"),
                                             ({"seed": 1}, "seed 0")])
-def test_resume_refuses_another_recipe(tmp_path, monkeypatch, typed, message):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 1)
-        train(TINY, tmp_path)
+def test_resume_refuses_another_recipe(tmp_path, typed, message):
+    job.save_run(tmp_path, TINY, job.load_progress(None, [TINY]))
     with pytest.raises(InputError, match=message):
         job.resumable(tmp_path, typed)
 
@@ -211,6 +235,7 @@ def test_resume_needs_an_interrupted_run(tmp_path):
         job.resumable(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_damaged_state_and_needs_no_log(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -226,13 +251,7 @@ def test_resume_refuses_a_damaged_state_and_needs_no_log(tmp_path, monkeypatch):
     np.testing.assert_array_equal(log(tmp_path / "run")[:len(rows)], rows)
 
 
-def test_a_state_belongs_to_its_recipes(tmp_path):
-    progress = job.load_progress(tmp_path / "none", [TINY])
-    job.save_progress(tmp_path / "state.safetensors", progress, [TINY])
-    with pytest.raises(InputError, match="belongs to another recipe"):
-        job.load_progress(tmp_path / "state.safetensors", [replace(TINY, seed=5)])
-
-
+@pytest.mark.slow
 def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
@@ -246,6 +265,7 @@ def test_the_schedule_is_a_line_then_half_a_cosine():
     np.testing.assert_allclose(rate, [0.75, 1.5, 3.0, 2.0, 1.0])
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_by_a_clock(monkeypatch):
     ticks = iter(np.arange(0, 100, 0.25))                     # a step takes one tick of a quarter of a second
     monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))

@@ -157,8 +157,8 @@ def save_progress(path, progress, recipes):
 
 
 def load_progress(path, recipes):
-    """The Progress in a state file; before the first step where there is none. InputError for a state of other recipes."""
-    if not Path(path).exists():
+    """The Progress in a state file; before the first step where there is no file. InputError for a state of other recipes."""
+    if path is None or not Path(path).exists():
         return Progress([start(recipe) for recipe in recipes], [[] for _ in recipes])
     tensors, metadata = load(path)
     if metadata.get("recipes") != list(map(asdict, recipes)):
@@ -237,7 +237,7 @@ def resumable(out, options):
 def steps_in(minutes, recipe):
     """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
     recipe = replace(recipe, scenes=1, steps=11)
-    progress = load_progress("", [recipe])
+    progress = load_progress(None, [recipe])
     with feed(recipe) as batches:
         for _ in train_together([recipe], batches, progress):
             pass

@@ -96,31 +96,47 @@ def _cache():
     """The user's cache folder, rid of what nobody used lately."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinycea-cudacpu"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.so"):
+    for path in folder.glob("*.*"):
         if time.time() - path.stat().st_mtime > KEEP_DAYS * 86400:
             path.unlink(missing_ok=True)
     return folder
 
 
-def _library(source, filename, flags, *libraries):
-    """A shared library compiled from C++ source, out of the cache where it is there.
+def _cached(ending, build, *ingredients):
+    """A file out of the cache, or what `build(folder)` leaves as "it" in a folder of its own, to be found there.
 
     Its name is a hash of everything that enters it, and it is moved into place whole: processes may build the same one at once.
     """
-    flags = (*FLAGS, *flags, f"-isystem{headers()}")
-    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
-    included = [path.read_text() for folder in folders for path in sorted(folder.glob("*.cuh"))]
-    key = "\0".join([_compiler(), source, filename, *flags, *map(str, libraries), *included])
-    path = _cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    path = _cache() / f"{hashlib.sha256(chr(0).join([_compiler(), *ingredients]).encode()).hexdigest()[:32]}{ending}"
     try:
         os.utime(path)                                   # used today
     except FileNotFoundError:
         with tempfile.TemporaryDirectory(dir=_cache()) as work:
-            (Path(work) / filename).write_text(source)
-            _run("g++", *flags, "-include", "cudacpu.h", "-x", "c++", "-c", filename, "-o", "it.o", folder=work)
-            _run("g++", "-shared", "it.o", *libraries, "-o", "it.so", folder=work)
-            os.replace(Path(work) / "it.so", path)
+            build(Path(work))
+            os.replace(Path(work) / "it", path)
     return path
+
+
+@functools.cache
+def _header(flags):
+    """cudacpu.h and all that it includes, precompiled: two thirds of the time of every kernel."""
+    command = ("g++", *flags, "-x", "c++-header", HERE / "cudacpu.h", "-o", "it")
+    return _cached(".gch", lambda work: _run(*command, folder=work), *flags)
+
+
+def _library(source, filename, flags, *libraries, header=None):
+    """A shared library compiled from C++ source, with cudacpu.h, perhaps precompiled."""
+    flags = (*FLAGS, *flags, f"-isystem{headers()}")
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    included = [path.read_text() for folder in folders for path in sorted(folder.glob("*.cuh"))]
+
+    def build(work):
+        (work / filename).write_text(source)
+        if header:
+            (work / "cudacpu.h.gch").symlink_to(header)  # found before cudacpu.h, and passed over should it not fit
+        _run("g++", *flags, "-include", "cudacpu.h", "-x", "c++", "-c", filename, "-o", "it.o", folder=work)
+        _run("g++", "-shared", "it.o", *libraries, "-o", "it", folder=work)
+    return _cached(".so", build, source, filename, *flags, *map(str, libraries), *included)
 
 
 @functools.cache
@@ -149,8 +165,9 @@ class RawModule:
         source = "\n".join([
             EXTERN_SHARED.sub(r"\1* const \2 = static_cast<\1*>(cpu::dynamic_shared());", code),
             *(f"CPU_ENTRY({i}, {name})" for i, name in enumerate(self.bounds)), ""])
-        own = [option for option in options if option.startswith(("-D", "-I"))]
-        self.path = _library(source, filename, (*own, *(CHECKS if check else ())), _runtime()._name)
+        own, checks = [option for option in options if option.startswith(("-D", "-I"))], CHECKS if check else ()
+        header = _header((*FLAGS, *checks, f"-isystem{headers()}"))
+        self.path = _library(source, filename, (*own, *checks), _runtime()._name, header=header)
         self.library = ctypes.CDLL(str(self.path))
 
     def get_function(self, name):
