@@ -15,10 +15,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from tinycea import feed, plots
+from tinycea import evaluation, feed, plots
 from tinycea import training as job
 from tinycea.evaluation import evaluate, psnr, ssim, table
-from tinycea.evaluation import test_set as tests_of
 from tinycea.nafnet import init
 from tinycea.optim import warmup_cosine
 from tinycea.restoration import restore_rgb
@@ -33,8 +32,9 @@ def quick():
     """One held-out photograph, small validation patches and no pictures: these tests are about the loop, not the result."""
     def few(entries, *which):
         if not which:
-            return tests_of(entries[:1], draws=1)[:1]
-        return [(*names, degraded[:16, :16], clean[:16, :16]) for *names, degraded, clean in tests_of(entries[:1], *which)]
+            return evaluation.test_set(entries[:1], draws=1)[:1]
+        tests = evaluation.test_set(entries[:1], *which)
+        return [(*names, degraded[:16, :16], clean[:16, :16]) for *names, degraded, clean in tests]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "test_set", few)
@@ -283,7 +283,7 @@ def test_the_table_averages_photographs_then_degradations():
 def test_before_is_the_degraded_image_and_after_the_restored_one():
     config = network("none")
     p = init(config, np.random.default_rng(0))
-    result = next(evaluate(lambda image, entry: restore_rgb(image, p, config), tests_of(("noise50",), draws=1)))
+    result = next(evaluate(lambda image, entry: restore_rgb(image, p, config), evaluation.test_set(("noise50",), draws=1)))
     degraded, restored, clean = result["images"]
     for name, image in (("before", degraded), ("after", restored)):
         assert result[name] == (psnr(image, clean), ssim(image, clean))

@@ -153,10 +153,11 @@ def restore(args):
 
 
 def degrade(args):
-    from .degradations import degrade
+    from .degradations import check_entry, degrade
     from .images import read_image, rgb, write_image
     from .restoration import refuse_overwriting
     refuse_overwriting(args.photo, args.out)
+    check_entry(args.names)
     pixels, _ = read_image(args.photo)
     write_image(args.out, degrade(rgb(pixels), args.names, args.seed))
     print(args.out)

@@ -236,6 +236,12 @@ def patchwork(scene, rng, names=None, strength=1.0):
     return np.clip(image, 0, 1), mask, names
 
 
+def check_entry(entry):
+    """InputError unless `apply` knows this entry."""
+    if entry != "patchwork":
+        _ordered(entry.split("+"))
+
+
 def apply(scene, entry, rng, strength=1.0):
     """The degraded image of a scene for one entry of a suite: "patchwork", or a degradation or several joined by "+"."""
     if entry == "patchwork":

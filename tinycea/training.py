@@ -179,7 +179,7 @@ def train(out: str | Path | None = None, *, resume: bool = False, minutes: float
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     if minutes and resume:
-        raise InputError("minutes are for a new run; one that is resumed keeps the number of steps it was started with")
+        raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
     recipe = recipe_for(**options)
     out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if resume:
