@@ -247,21 +247,6 @@ def depthwise3x3_backward(dy, cache):
     return dx.reshape(x.shape), dtaps.reshape(9, W, C).sum(1).T.reshape(weight.shape), _sum(dy.reshape(-1, C))
 
 
-def down2x2(x, weight, bias):
-    """Patches are laid out once, for the product and for its backward."""
-    B, H, W, C = x.shape
-    patches = x.reshape(B, H // 2, 2, W // 2, 2 * C).swapaxes(2, 3).reshape(B, H // 2, W // 2, 4 * C)
-    y, cache = linear(patches, weight.transpose(2, 3, 1, 0).reshape(4 * C, -1), bias)
-    return y, (cache,)
-
-
-def down2x2_backward(dy, cache):
-    dpatches, dweight, dbias = linear_backward(dy, *cache)
-    B, H, W, C = dpatches.shape
-    dx = dpatches.reshape(B, H, W, 2, C // 2).swapaxes(2, 3).reshape(B, 2 * H, 2 * W, C // 4)
-    return dx, dweight.reshape(2, 2, C // 4, -1).transpose(3, 2, 0, 1), dbias
-
-
 # ---- gates -----------------------------------------------------------------------------------------------------------
 
 def simple_gate(x):
@@ -291,21 +276,6 @@ def global_average_pool(x):
     """A product with ones instead of a sum over two axes: a tenth of the time."""
     B, H, W, C = x.shape
     return (np.full((1, H * W), 1 / (H * W), x.dtype) @ x.reshape(B, H * W, C))[:, None], (x.shape,)
-
-
-def scale_channels(x, scale):
-    """In joined rows, image by image: half the time."""
-    y = np.empty(x.shape, x.dtype)
-    for image, s, out in zip(x, scale, y):
-        _scaled(image.reshape(-1, s.size), s.ravel(), out.reshape(-1, s.size))
-    return y, (x, scale)
-
-
-def scale_channels_backward(dy, cache):
-    """The sum over pixels is a product with ones."""
-    x, scale = cache
-    dscale = np.stack([_sum((a * b).reshape(-1, scale.shape[-1])) for a, b in zip(dy, x)])
-    return scale_channels(dy, scale)[0], dscale.reshape(scale.shape)
 
 
 # ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
