@@ -101,5 +101,5 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_one_sentence(capfd):
-    with bench.side("no such layout") as ask, pytest.raises(InputError, match="process ended"):
+    with bench.contender("no such layout") as ask, pytest.raises(InputError, match="process ended"):
         ask("prepare", "inference", (1, 8))
