@@ -184,7 +184,7 @@ MUTANTS = [                                   # file, what is written there, wha
     ("probe.cu", "highest[warp][m] = most;\n        }\n        __syncthreads();",
      "highest[warp][m] = most;\n        }", "summarize"),
     ("probe.cu", "peak[k] = now;\n        }\n        __syncthreads();", "peak[k] = now;\n        }", "summarize"),
-    ("probe.cu", "for (int m = 0; m < M; ++m) seen[j][m] *= shrink[m];", "", "summarize"),
+    ("probe.cu", "for (int m = 0; m < M; ++m) means[j][m] *= shrink[m];", "", "summarize"),
     ("probe.cu", "lane + 32 * k] = mass[k];", "lane + 32 * k] = mass[k] + 1;", "summarize"),
     ("probe.cu", "(dl[t][m] - center[query + m]);\n        }\n        __syncthreads();",
      "(dl[t][m] - center[query + m]);\n        }", "summarize"),

@@ -204,8 +204,8 @@ def experts(x, p, config, ops=cpu):
     Xhat, c_norm = _normalized(x, p, ops)
     B, H, W, C = x.shape
     X, Xhat = x.reshape(B, H * W, C), Xhat.reshape(B, H * W, C)
-    seen, c_pool = ops.global_average_pool(Xhat[:, None]) if config.level == "image" else (Xhat[:, None], None)
-    logits, c_g = ops.linear(seen[:, 0], p["W_g"])                              # (B,1 or N,E)
+    routed, c_pool = ops.global_average_pool(Xhat[:, None]) if config.level == "image" else (Xhat[:, None], None)
+    logits, c_g = ops.linear(routed[:, 0], p["W_g"])                              # (B,1 or N,E)
     pi, c_softmax = ops.topk_softmax(logits, config.experts)
     G, c_top = ops.keep_topk(pi, config.topk)
     S, c_S = ops.affinity(Xhat, repeated(p["A"], B))
@@ -223,10 +223,10 @@ def experts_backward(dy, cache, g):
     dXhat, dA = ops.affinity_backward(dS, c_S)
     g["A"] += dA.sum(0)
     dpi = ops.keep_topk_backward(dG, c_top) + ops.load_balance_backward(config.balance, ops.load_balance(pi)[1])
-    dseen = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dpi, c_softmax), c_g), "W_g")
+    drouted = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dpi, c_softmax), c_g), "W_g")
     if config.level == "image":
-        dseen = ops.global_average_pool_backward(dseen[:, None], c_pool)[:, 0]
-    return _normalized_backward((dXhat + dseen).reshape(dy.shape), c_norm, dy, g, ops)
+        drouted = ops.global_average_pool_backward(drouted[:, None], c_pool)[:, 0]
+    return _normalized_backward((dXhat + drouted).reshape(dy.shape), c_norm, dy, g, ops)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

@@ -286,42 +286,42 @@ def summarize(xhat, W_K, W_V, Q, heads):
     R, D = Q.shape
     q = Q.reshape(R, heads, D // heads).swapaxes(0, 1)                          # (h,R,D/h)
     w_K, w_V = (W.reshape(C, heads, D // heads).swapaxes(0, 1) for W in (W_K, W_V))       # (h,C,D/h)
-    look = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)         # (hR,C): what each head of a query looks for
-    E = xhat @ look.T                                                           # (B,N,hR)
+    queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)       # (hR,C): what each head of a query looks for
+    E = xhat @ queries.T                                                           # (B,N,hR)
     k = math.gcd(N, 64)
     top = E.reshape(B, N // k, -1).max(1).reshape(B, k, -1).max(1)              # (B,hR)
     shift = np.abs(top).max() > 30                                              # else exp neither overflows nor vanishes
-    total, seen = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
+    total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
     for b, n in _tiles(B, N, heads * R):
         e = E[b, n]
         if shift:
             e -= top[b][:, None]
         np.exp(e, out=e)
         total[b] += np.ones((1, e.shape[1]), e.dtype) @ e
-        seen[b] += _gram(e, xhat[b, n])
+        means[b] += _gram(e, xhat[b, n])
     share = 1 / total.swapaxes(1, 2)                                            # P^T = E^T share
-    seen *= share                                                               # P xhat
-    z = seen.reshape(B, heads, R, C) @ w_V                                      # (B,h,R,D/h)
-    return z.swapaxes(1, 2).reshape(B, R, D), (xhat, q, w_K, w_V, look, E, share, seen)
+    means *= share                                                              # P xhat
+    z = means.reshape(B, heads, R, C) @ w_V                                     # (B,h,R,D/h)
+    return z.swapaxes(1, 2).reshape(B, R, D), (xhat, q, w_K, w_V, queries, E, share, means)
 
 
 def summarize_backward(dZ, cache):
-    """With seen = P xhat: dP = dseen xhat^T, and rowsum(dP P) = rowsum(dseen seen)."""
-    xhat, q, w_K, w_V, look, E, share, seen = cache
+    """With means = P xhat: dP = dmeans xhat^T, and rowsum(dP P) = rowsum(dmeans means)."""
+    xhat, q, w_K, w_V, queries, E, share, means = cache
     (B, N, C), (h, R, d) = xhat.shape, q.shape
     dz = dZ.reshape(B, R, h, d).swapaxes(1, 2)                                  # (B,h,R,D/h)
-    dw_V = (seen.reshape(B, h, R, C).swapaxes(2, 3) @ dz).sum(0)
-    dseen = (dz @ w_V.swapaxes(1, 2)).reshape(B, h * R, C) * share              # with P's share of E
-    center = (dseen * seen).sum(-1, keepdims=True)                              # (B,hR,1)
-    dxhat, dlook = np.empty_like(xhat), -(center / share * seen).sum(0)         # dlogits = P (dP - center): its second half here,
+    dw_V = (means.reshape(B, h, R, C).swapaxes(2, 3) @ dz).sum(0)
+    dmeans = (dz @ w_V.swapaxes(1, 2)).reshape(B, h * R, C) * share             # with P's share of E
+    center = (dmeans * means).sum(-1, keepdims=True)                             # (B,hR,1)
+    dxhat, dqueries = np.empty_like(xhat), -(center / share * means).sum(0)     # dlogits = P (dP - center): its second half here,
     for b, n in _tiles(B, N, h * R):
-        dlogits = xhat[b, n] @ dseen[b].swapaxes(1, 2)                          # its first half there
+        dlogits = xhat[b, n] @ dmeans[b].swapaxes(1, 2)                         # its first half there
         dlogits *= E[b, n]
-        np.matmul(E[b, n], dseen[b] - center[b] * look, out=dxhat[b, n])
-        dxhat[b, n] += dlogits @ look
-        dlook += _gram(dlogits, xhat[b, n]).sum(0)
-    dlook = dlook.reshape(h, R, C) * d**-0.5
-    dq, dw_K = dlook @ w_K, dlook.swapaxes(1, 2) @ q
+        np.matmul(E[b, n], dmeans[b] - center[b] * queries, out=dxhat[b, n])
+        dxhat[b, n] += dlogits @ queries
+        dqueries += _gram(dlogits, xhat[b, n]).sum(0)
+    dqueries = dqueries.reshape(h, R, C) * d**-0.5
+    dq, dw_K = dqueries @ w_K, dqueries.swapaxes(1, 2) @ q
     return dxhat, *(dw.swapaxes(0, 1).reshape(C, h * d) for dw in (dw_K, dw_V)), dq.swapaxes(0, 1).reshape(R, h * d)
 
 

@@ -214,7 +214,7 @@ def summarize(xhat, W_K, W_V, Q, heads):
     (B, N, C), (R, D) = xhat.shape, Q.shape
     q = Q.reshape(R, heads, D // heads).swapaxes(0, 1)                          # (h,R,D/h)
     w_K, w_V = (W.reshape(C, heads, D // heads).swapaxes(0, 1) for W in (W_K, W_V))       # (h,C,D/h)
-    look = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)         # (hR,C)
+    queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)         # (hR,C)
     M, tokens = heads * R, _tile(heads * R, xhat.dtype)
     if not tokens:
         Z, cache = reference.summarize(xhat, W_K, W_V, Q, heads)
@@ -222,28 +222,28 @@ def summarize(xhat, W_K, W_V, Q, heads):
     blocks = _blocks(-(-N // tokens))
     top, total = cp.empty((B, blocks, M), xhat.dtype), cp.empty((B, blocks, M), xhat.dtype)
     part = cp.empty((B, blocks * _shares(C), M, C), xhat.dtype)
-    seen, lse = cp.empty((B, M, C), xhat.dtype), cp.empty((B, M), xhat.dtype)
-    _launch("probe", (C, M, tokens), (blocks, B), (128,), [top, total, part], look, xhat, N)
-    _launch("probe.probe_combine", (C,), (M, B), (128,), [seen, lse], top, total, part, blocks)
-    z = seen.reshape(B, heads, R, C) @ w_V                                      # (B,h,R,D/h)
-    return z.swapaxes(1, 2).reshape(B, R, D), (tokens, xhat, q, w_K, w_V, look, seen, lse)
+    means, lse = cp.empty((B, M, C), xhat.dtype), cp.empty((B, M), xhat.dtype)
+    _launch("probe", (C, M, tokens), (blocks, B), (128,), [top, total, part], queries, xhat, N)
+    _launch("probe.probe_combine", (C,), (M, B), (128,), [means, lse], top, total, part, blocks)
+    z = means.reshape(B, heads, R, C) @ w_V                                      # (B,h,R,D/h)
+    return z.swapaxes(1, 2).reshape(B, R, D), (tokens, xhat, q, w_K, w_V, queries, means, lse)
 
 
 def summarize_backward(dZ, cache):
     tokens, *cache = cache
     if not tokens:
         return reference.summarize_backward(dZ, *cache)
-    xhat, q, w_K, w_V, look, seen, lse = cache
-    (B, N, C), (h, R, d), M = xhat.shape, q.shape, len(look)
+    xhat, q, w_K, w_V, queries, means, lse = cache
+    (B, N, C), (h, R, d), M = xhat.shape, q.shape, len(queries)
     dz = dZ.reshape(B, R, h, d).swapaxes(1, 2)                                  # (B,h,R,D/h)
-    dw_V = (seen.reshape(B, h, R, C).swapaxes(2, 3) @ dz).sum(0)
-    dseen = (dz @ w_V.swapaxes(1, 2)).reshape(B, M, C)
-    center = (dseen * seen).sum(-1)                                             # (B,hR), = rowsum(dP P)
+    dw_V = (means.reshape(B, h, R, C).swapaxes(2, 3) @ dz).sum(0)
+    dmeans = (dz @ w_V.swapaxes(1, 2)).reshape(B, M, C)
+    center = (dmeans * means).sum(-1)                                             # (B,hR), = rowsum(dP P)
     blocks = _blocks(-(-N // tokens))
     dxhat, part = cp.empty(xhat.shape, xhat.dtype), cp.empty((1, B * blocks * _shares(C), M, C), xhat.dtype)
-    _launch("probe.probe_backward", (C, M, tokens), (blocks, B), (128,), [dxhat, part], dseen, center, look, xhat, lse, N)
-    dlook = _column_sum(part)[0].reshape(h, R, C) * d**-0.5
-    dq, dw_K = dlook @ w_K, dlook.swapaxes(1, 2) @ q
+    _launch("probe.probe_backward", (C, M, tokens), (blocks, B), (128,), [dxhat, part], dmeans, center, queries, xhat, lse, N)
+    dqueries = _column_sum(part)[0].reshape(h, R, C) * d**-0.5
+    dq, dw_K = dqueries @ w_K, dqueries.swapaxes(1, 2) @ q
     return dxhat, *(dw.swapaxes(0, 1).reshape(C, h * d) for dw in (dw_K, dw_V)), dq.swapaxes(0, 1).reshape(R, h * d)
 
 
@@ -252,8 +252,8 @@ def attention(cache):
     tokens, *cache = cache
     if not tokens:
         return reference.attention(*cache)
-    xhat, q, _, _, look, _, lse = cache
-    return cp.exp(look @ xhat.swapaxes(1, 2) - lse[..., None]).reshape(len(xhat), *q.shape[:2], -1)
+    xhat, q, _, _, queries, _, lse = cache
+    return cp.exp(queries @ xhat.swapaxes(1, 2) - lse[..., None]).reshape(len(xhat), *q.shape[:2], -1)
 
 
 def _assembly_kernels(C, R, dtype):
