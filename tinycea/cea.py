@@ -34,8 +34,12 @@ def shapes(C, rank=8, heads=4, probe_channels=None):
 def init(p, rng):
     """Fill a layer's parameters in place: matrices N(0, 1/rows), Q N(0, 1), W_U zero so that Y = X. Our choice."""
     for name, value in p.items():
-        value[...] = 1 if name == "norm.weight" else 0 if name in ("norm.bias", "W_U") else rng.normal(
-            0, 1 if name == "Q" else value.shape[0]**-0.5, value.shape)
+        if name == "norm.weight":
+            value[...] = 1
+        elif name in ("norm.bias", "W_U"):
+            value[...] = 0
+        else:
+            value[...] = rng.normal(0, 1 if name == "Q" else value.shape[0]**-0.5, value.shape)
 
 
 def cea(x, p, heads=4, ops=cpu):
