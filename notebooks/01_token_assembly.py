@@ -60,10 +60,11 @@ for n in range(N):
     assert close(y_n, Y[n])
 
 # %% [markdown]
-# ## 2. The layer of CEA: normalized tokens, two scales, factors of the image's own
+# ## 2. The layer of CEA: two scales, factors of the image's own
 #
-# CEA compares *normalized* tokens $\hat X = \mathrm{LayerNorm}(X)$, whose entries have mean 0 and variance 1, and divides by
-# $\sqrt C$ and $\sqrt R$:
+# CEA divides by $\sqrt C$ and $\sqrt R$. To see why, take tokens of one length, $\hat X = \mathrm{LayerNorm}(X)$, whose entries
+# have mean 0 and variance 1. (The layer of [notebook 2](02_hyper_adapter.ipynb) takes its affinities of $X$ itself, so that a
+# token which carries twice as much of a degradation gets twice the update.)
 #
 # $$S = \frac{\hat X A^\top}{\sqrt C}, \qquad Y = X + \frac{S\, U}{\sqrt R} .$$
 #

@@ -212,11 +212,14 @@ assert all(row.passed for row in rows)
 # the switches of the ablation are in [`ablations.py`](../tinycea/ablations.py).
 #
 # $$\begin{aligned}
-# \hat X &= \mathrm{LayerNorm}(X) = w \circ \frac{X - \operatorname{mean}}{\operatorname{std}} + b \\
+# \hat X &= \mathrm{Norm}(X) = w \circ \frac{X - \operatorname{mean}}{\operatorname{std}} + b \\
 # K &= \hat X W_K, \quad V = \hat X W_V, \quad P = \operatorname{softmax}(Q K^\top / \sqrt D), \quad Z = P V \\
 # A &= Z W_A, \quad U = Z W_U \\
-# S &= \hat X A^\top / \sqrt C, \quad Y = X + S U / \sqrt R
+# S &= X A^\top / \sqrt C, \quad Y = X + S U / \sqrt R
 # \end{aligned}$$
+#
+# The norm takes one mean and one standard deviation of the whole image. So $A$ and $U$ do not change with the image's scale, and
+# doubling $X$ doubles $Y$.
 
 # %%
 H, W = 5, 7
@@ -225,8 +228,8 @@ p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, rank=R, h
 w, b, W_K, W_V, Q, W_A, W_U = (p[name] for name in ("norm.weight", "norm.bias", "W_K", "W_V", "Q", "W_A", "W_U"))
 
 X = x.reshape(H * W, C)
-std = np.sqrt(X.var(1, keepdims=True) + 1e-6)
-X_normal = (X - X.mean(1, keepdims=True)) / std
+std = np.sqrt(X.var() + 1e-6)
+X_normal = (X - X.mean()) / std
 Xhat = w * X_normal + b
 
 K = Xhat @ W_K
@@ -237,33 +240,35 @@ Z = P @ V
 
 A = Z @ W_A
 U = Z @ W_U
-S = Xhat @ A.T / np.sqrt(C)
+S = X @ A.T / np.sqrt(C)
 Y = X + S @ U / np.sqrt(R)
 
 # %%
 y, cache = cea.cea(x, p, heads=1, ops=ops)
 assert close(Y, y.reshape(H * W, C))
+twice, _ = cea.cea(2 * x, p, heads=1, ops=ops)
+assert abs(twice - 2 * y).max() < 1e-5 * abs(y).max()       # but for the 1e-6 under the root
 config = ablations.CEAConfig(rank=R, heads=1, probe_channels=D)         # no switch is set: the same layer
 written = ablations.anatomy(ablations.forward(x, p, config, ops)[1])
 assert all(close(mine, written[name].squeeze()) for name, mine in (("A", A), ("U", U), ("S", S), ("P", P)))
 
 # %% [markdown]
 # **Backward: the same lines from the bottom up.** A variable that was used more than once collects a sum. $Z$ was used for $A$
-# and $U$; $\hat X$ for $S$, $K$ and $V$; $X$ for the skip connection and for the LayerNorm.
+# and $U$; $\hat X$ for $K$ and $V$; $X$ for the skip connection, for $S$ and for the norm.
 #
 # $$\begin{aligned}
-# dS &= dY\, U^\top / \sqrt R, & dU &= S^\top dY / \sqrt R, & dA &= dS^\top \hat X / \sqrt C \\
+# dS &= dY\, U^\top / \sqrt R, & dU &= S^\top dY / \sqrt R, & dA &= dS^\top X / \sqrt C \\
 # dW_U &= Z^\top dU, & dW_A &= Z^\top dA, & dZ &= dU\, W_U^\top + dA\, W_A^\top \\
 # dV &= P^\top dZ, & d\mathrm{logits} &= P \circ (dZ\, V^\top - \operatorname{rowsum}(dZ \circ Z)) / \sqrt D \\
 # dQ &= d\mathrm{logits}\, K, & dK &= d\mathrm{logits}^\top Q \\
-# dW_K &= \hat X^\top dK, & dW_V &= \hat X^\top dV, & d\hat X &= dS\, A / \sqrt C + dK\, W_K^\top + dV\, W_V^\top
+# dW_K &= \hat X^\top dK, & dW_V &= \hat X^\top dV, & d\hat X &= dK\, W_K^\top + dV\, W_V^\top
 # \end{aligned}$$
 
 # %%
 dY = rng.normal(size=Y.shape)
 dS = dY @ U.T / np.sqrt(R)
 dU = S.T @ dY / np.sqrt(R)
-dA = dS.T @ Xhat / np.sqrt(C)
+dA = dS.T @ X / np.sqrt(C)
 
 dW_U = Z.T @ dU
 dW_A = Z.T @ dA
@@ -276,27 +281,28 @@ dK = dlogits.T @ Q
 
 dW_K = Xhat.T @ dK
 dW_V = Xhat.T @ dV
-dXhat = dS @ A / np.sqrt(C) + dK @ W_K.T + dV @ W_V.T
+dXhat = dK @ W_K.T + dV @ W_V.T
 
 # %% [markdown]
-# **Through the LayerNorm.** For one token let $g = d\hat x \circ w$ be the gradient of the normalized token
-# $\bar x = (x - \operatorname{mean} x)/\operatorname{std}$. The normalization forgets the token's mean and its length, so the
-# gradient must have no part along either: project both out, $\mathbf 1$ and $\bar x$, and divide by the standard deviation.
-# Written out ([`layernorm_backward`](../tinycea/ops/reference.py)):
+# **Through the norm.** Let $g = d\hat X \circ w$ be the gradient of the normalized image
+# $\bar X = (X - \operatorname{mean})/\operatorname{std}$, $NC$ numbers. The normalization forgets their mean and their length, so
+# the gradient must have no part along either: project both out, $\mathbf 1$ and $\bar X$, and divide by the standard deviation.
+# Written out ([`groupnorm_backward`](../tinycea/ops/reference.py)):
 #
-# $$dx = \frac{1}{\operatorname{std}} \Big( g - \tfrac1C \sum_c g_c - \bar x\, \tfrac1C \sum_c g_c \bar x_c \Big), \qquad
+# $$dX = \frac{1}{\operatorname{std}} \Big( g - \tfrac1{NC} \sum_{nc} g_{nc}
+#     - \bar X\, \tfrac1{NC} \sum_{nc} g_{nc} \bar x_{nc} \Big), \qquad
 # dw = \sum_n d\hat x_n \circ \bar x_n, \qquad db = \sum_n d\hat x_n .$$
 
 # %%
 dw = (dXhat * X_normal).sum(0)
 db = dXhat.sum(0)
 g = dXhat * w
-dX_norm = (g - g.mean(1, keepdims=True) - X_normal * (g * X_normal).mean(1, keepdims=True)) / std
-dX = dY + dX_norm                                           # the skip connection, and the way through the norm
+dX_norm = (g - g.mean() - X_normal * (g * X_normal).mean()) / std
+dX = dY + dS @ A / np.sqrt(C) + dX_norm                     # the skip connection, the affinities, and the way through the norm
 
-assert close(dX_norm.sum(1), 0)                             # no part along 1: adding a constant to a token changes nothing
-left = (g * X_normal).sum(1) * 1e-6 / std[:, 0]**3          # none along the token, but for what the 1e-6 under the root leaves
-assert close((dX_norm * X_normal).sum(1), left)
+assert close(dX_norm.sum(), 0)                              # no part along 1: adding a constant to all changes nothing
+left = (g * X_normal).sum() * 1e-6 / std**3                 # none along the image, but for what the 1e-6 under the root leaves
+assert close((dX_norm * X_normal).sum(), left)
 
 # %%
 grads = {name: np.zeros_like(value) for name, value in p.items()}

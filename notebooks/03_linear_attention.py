@@ -421,10 +421,14 @@ assert close(softmax(0 * Xhat, A, U), U[0].mean(0) / np.sqrt(R))
 # $$A(\sigma X) = A(X), \quad U(\sigma X) = U(X), \qquad \mathrm{CEA}(\sigma X) = \sigma\, \mathrm{CEA}(X) .$$
 #
 # The first two say that the factors are *invariant*, the last that the layer is *equivariant*: its output is shuffled in the same
-# way. Pixels have neighbors only in the convolutions around it. But the layer is neither odd nor linear in $X$, since $A$ and $U$
-# depend on $X$ as well:
+# way. Pixels have neighbors only in the convolutions around it. But the layer is neither odd nor linear in $X$, since the image
+# writes $A$ and $U$ as well:
 #
 # $$\mathrm{CEA}(-X) \ne -\mathrm{CEA}(X) .$$
+#
+# Only the probe's softmax is to blame for the first: with $Q = 0$, where it takes plain means, $A$ and $U$ of $-X$ are $-A$ and
+# $-U$, and the layer is odd. And through the image's norm the update is of degree one, $\mathrm{CEA}(2X) = 2\,\mathrm{CEA}(X)$:
+# $X$ times a map $M$ that depends on the tokens' directions and relative lengths alone.
 
 # %%
 H, W = 5, 7
@@ -437,7 +441,7 @@ def shuffled(x):
 
 
 p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, rank=R).items()}
-p["norm.weight"], p["norm.bias"] = np.ones(C), np.zeros(C)  # with these, LayerNorm is odd; the probe is not
+p["norm.weight"], p["norm.bias"] = np.ones(C), np.zeros(C)  # with these, the norm is odd; the probe is not
 for affinity in ("signed", "softmax"):
     config = ablations.CEAConfig(rank=R, affinity=affinity)
     y, cache = ablations.forward(x, p, config, ops)
@@ -448,6 +452,11 @@ for affinity in ("signed", "softmax"):
                         ("layer: Y under a shuffle", relative(y_shuffled - shuffled(x), shuffled(y - x))),
                         ("layer: oddness", relative(y_minus + x, x - y))):
         table.setdefault(name, []).append(error)
+
+signed_layer = partial(ablations.forward, config=ablations.CEAConfig(rank=R), ops=ops)
+uniform = p | {"Q": np.zeros_like(p["Q"])}
+assert close(signed_layer(-x, uniform)[0], -signed_layer(x, uniform)[0])
+assert relative(signed_layer(2 * x, p)[0], 2 * signed_layer(x, p)[0]) < 1e-5             # but for the 1e-6 under the norm's root
 
 # %% [markdown]
 # All of it in one table: the relative error of each equation, which is rounding where it holds. For the rank it is the singular
@@ -551,22 +560,23 @@ assert sharp.mean() < 3 * np.linalg.norm(np.sqrt(R) * softmax(Xhat, A, U)[0], ax
 
 # %% [markdown]
 # In the whole layer, no image can write arbitrarily large keys: a summary $z_r$ is a mean of values $v_n = W_V^\top \hat x_n$ and
-# so no longer than the longest of them. With one head, and with $\|W\|$ for the largest factor by which $W$ stretches a vector
+# so no longer than the longest of them; and after the image's norm no token is longer than the whole image, $\sqrt{NC}$. With one
+# head, and with $\|W\|$ for the largest factor by which $W$ stretches a vector
 # (its first singular value), the weights alone bound the factors, for every image:
 #
-# $$|a_r| \le \sqrt C\, \|W_V\|\, \|W_A\|, \qquad |u_r| \le \sqrt C\, \|W_V\|\, \|W_U\| .$$
+# $$|a_r| \le \sqrt{NC}\, \|W_V\|\, \|W_A\|, \qquad |u_r| \le \sqrt{NC}\, \|W_V\|\, \|W_U\| .$$
 #
 # But nothing except training keeps the weights small. With $W_U = 0$ ([notebook 2](02_hyper_adapter.ipynb), section 6) the layer
 # starts from no update at all.
 
 # %%
 stretch = {name: np.linalg.norm(p[name], 2) for name in ("W_V", "W_A", "W_U")}
-for size in (1, 1e6):                                       # a LayerNorm forgets how large the features are
+for size in (1, 1e6):                                       # the norm forgets how large the features are
     _, cache = ablations.forward(size * x, p, ablations.CEAConfig(rank=R, heads=1), ops)
     for name, factor in ablations.anatomy(cache).items():
         if name in "AU":
             longest = np.linalg.norm(factor[0], axis=1).max()
-            assert longest <= np.sqrt(C) * stretch["W_V"] * stretch[f"W_{name}"]
+            assert longest <= np.sqrt(H * W * C) * stretch["W_V"] * stretch[f"W_{name}"]
 
 # %% [markdown]
 #

@@ -548,7 +548,8 @@ assert min(components) > 0.9 and np.abs(edges).max() < 0.5 and np.abs(brightness
 # %% [markdown]
 # **Do they know the regions?** Fit a linear classifier by least squares (one column per region, 1 inside and 0 outside), in half
 # of the image, and test it in the other half. The halves are blocks of 24 × 24 tokens like a chessboard, and windows never reach
-# across a border, so no neighbor leaks. It reads either one token, or the mean of 9 × 9. Since averaging is linear,
+# across a border, so no neighbor leaks. It reads either one token, or the mean of 9 × 9. (The weights in the package are of the
+# layer's first form: each token normalized by itself, affinities of $\hat X$.) Since averaging is linear,
 #
 # $$\overline S = \frac{\overline{\hat X} A^\top}{\sqrt C} ,$$
 #

@@ -286,7 +286,7 @@ def test_resize_to_the_same_size_copies_and_a_constant_stays():
 # ---- experts -----------------------------------------------------------------------------------------------------------
 
 def test_one_expert_is_the_static_low_rank_layer():
-    experts, static = ExpertsConfig(1, 1, 5), CEAConfig(rank=5, heads=1, static="AU")
+    experts, static = ExpertsConfig(1, 1, 5), CEAConfig(rank=5, heads=1, static="AU", norm="token", tokens="Xhat")
     x, p, forward = layer(experts)
     own = {name: p[name] for name in ablations.shapes(6, static)}
     close(forward()[0], ablations.forward(x, own, static, reference)[0], RTOL["a layer"])

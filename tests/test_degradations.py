@@ -30,7 +30,7 @@ from tinycea.scenes import Scene, dead_leaves, photographs
 
 SCENE = dead_leaves((40, 56), np.random.default_rng(0))
 PHOTO = Scene(SCENE.image)
-ENTRIES = [*DEGRADATIONS, "low+haze+snow", "patchwork"]
+ENTRIES = [*DEGRADATIONS, "low+haze+snow", "patchwork", "stains", "stains-overlapping"]
 
 
 def rng(seed=0):
@@ -60,7 +60,7 @@ def test_a_seed_gives_the_same_bytes_and_leaves_the_scene_alone(entry, scene):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_strength_0_is_the_identity_and_more_is_worse(entry):
-    assert np.allclose(apply(SCENE, entry, rng(), 0), SCENE.image, atol=0 if entry != "patchwork" else 1e-6)
+    assert np.allclose(apply(SCENE, entry, rng(), 0), SCENE.image, atol=0 if entry in DEGRADATIONS else 1e-6)
     same = apply(Scene(SCENE.image.astype(float)), entry, rng(), 0)
     assert same.dtype == np.float32 and not np.shares_memory(apply(SCENE, entry, rng(), 0), SCENE.image)
     errors = [np.mean([mse(apply(PHOTO, entry, rng(seed), s), PHOTO.image) for seed in range(4)]) for s in (0.25, 0.5, 1, 1.5)]
@@ -269,7 +269,7 @@ def test_the_suites_are_the_papers_and_join():
 
 @pytest.mark.parametrize("name", ["aio7", "", "aio3+", "noise25"])
 def test_an_unknown_suite_is_refused(name):
-    with pytest.raises(InputError, match="aio3, aio5, cdd11, patchwork"):
+    with pytest.raises(InputError, match="aio3, aio5, cdd11, patchwork, stains"):
         suite(name)
 
 

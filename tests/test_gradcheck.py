@@ -100,9 +100,11 @@ def probe_without_rowsum(dZ, cache):
     return reference.probe_backward(dZ, (q, k, v, 0 * z, P))   # the rowsum of dP P is the rowsum of dZ Z
 
 
-def layernorm_without_mean(dy, cache):
-    xhat, rstd, weight = cache
-    return dy * weight * rstd, *reference.layernorm_backward(dy, cache)[1:]
+def norm_without_means(name):
+    def backward(dy, cache):
+        xhat, rstd, weight = cache
+        return dy * weight * rstd, *getattr(reference, name)(dy, cache)[1:]
+    return {name: backward}
 
 
 R, D, H = 3, 8, 2
@@ -124,7 +126,8 @@ SABOTAGE = {
     "1/sqrt(D/h) forgotten": (SIGNED, after("probe", lambda dQ, dK, dV: ((D / H)**0.5 * dQ, (D / H)**0.5 * dK, dV))),
     "heads exchanged in dQ": (SIGNED, after("probe", lambda dQ, dK, dV: (np.roll(dQ, D // H, 1), dK, dV))),
     "dQ of one image": (SIGNED, after("probe", lambda dQ, dK, dV: (dQ / 2, dK, dV))),
-    "layernorm without its means": (SIGNED, {"layernorm_backward": layernorm_without_mean}),
+    "groupnorm without its means": (SIGNED, norm_without_means("groupnorm_backward")),
+    "layernorm without its means": (replace(SIGNED, norm="token"), norm_without_means("layernorm_backward")),
     "affinities' softmax passed through": (SOFTMAX, {"topk_softmax_backward": lambda dT, cache: cache[0] * dT}),
     "image mean passed through": (IMAGE, {"token_mean_backward": lambda dS, cache: dS}),
     "1/sqrt(R) forgotten after the switches": (IMAGE, after("combine", lambda dX, dS, dU: (dX, R**0.5 * dS, R**0.5 * dU)))}
@@ -266,13 +269,13 @@ def test_report_shows_a_wrong_operation(monkeypatch):
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
 
-CONFIGS = [CEAConfig(rank=3, heads=2, affinity=affinity, level=level, static=static)
-           for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
-CONFIGS += [replace(config, tokens="X") for config in CONFIGS if config.static != "AU"]
+CONFIGS = [CEAConfig(rank=3, heads=2, affinity=affinity, level=level, static=static, norm=norm, tokens=tokens)
+           for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")
+           for norm in ("image", "token") for tokens in ("X", "Xhat") if static + tokens != "AUX"]
 
 
 @pytest.mark.parametrize("config", CONFIGS + [CEAConfig(rank=40, heads=3)],
-                         ids=lambda c: f"{c.affinity}-{c.level}-{c.static or 'none'}-{c.tokens}-{c.rank}")
+                         ids=lambda c: "-".join(map(str, (c.affinity, c.level, c.static or "none", c.norm, c.tokens, c.rank))))
 def test_fresh_cea_layer_is_the_identity(config):
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):

@@ -71,6 +71,17 @@ def loop_layernorm(x, weight, bias):
     return fill(x.shape, value)
 
 
+def loop_groupnorm(x, weight, bias):
+    y = np.empty_like(x)
+    for b in range(len(x)):
+        values = [float(t) for t in x[b].ravel()]
+        mean = math.fsum(values) / len(values)
+        std = math.sqrt(math.fsum((t - mean)**2 for t in values) / len(values) + 1e-6)
+        y[b] = [[(t - mean) / std * w + c for t, w, c in zip(token, weight, bias)] for token in x[b].reshape(-1, x.shape[-1])] \
+            if x.ndim == 3 else loop_groupnorm(x[b:b + 1].reshape(1, -1, x.shape[-1]), weight, bias).reshape(x[b].shape)
+    return y
+
+
 def around(x, b, h, w, c):
     """The 3 x 3 neighborhood of a pixel, row by row, zero outside the image."""
     return [x[b, i, j, c] if 0 <= i < x.shape[1] and 0 <= j < x.shape[2] else 0.
@@ -209,6 +220,8 @@ OPS = [("linear", (), dict(x=TOKENS, weight="C O", bias="O")),
        ("conv1x1", (), dict(x=IMAGE, weight="O C 1 1")),
        ("layernorm", (), dict(x=TOKENS, weight="C", bias="C")),
        ("layernorm", (), dict(x=IMAGE, weight="C", bias="C")),
+       ("groupnorm", (), dict(x=TOKENS, weight="C", bias="C")),
+       ("groupnorm", (), dict(x=IMAGE, weight="C", bias="C")),
        ("norm_conv1x1", (), dict(x=IMAGE, norm_weight="C", norm_bias="C", weight="O C 1 1", bias="O")),
        ("conv3x3", (), dict(x=IMAGE, weight="O C 3 3", bias="O")),
        ("depthwise3x3", (), dict(x=IMAGE, weight="C 1 3 3", bias="C")),
@@ -569,10 +582,11 @@ def test_losses_at_a_perfect_restoration(room, loss, expected):
 @pytest.mark.parametrize("affinity", ["signed", "softmax", "topk"])
 @pytest.mark.parametrize("level", ["token", "image"])
 @pytest.mark.parametrize("static, tokens", [("", "Xhat"), ("A", "Xhat"), ("U", "Xhat"), ("AU", "Xhat"), ("", "X"), ("A", "X")])
-def test_cea_against_loops(affinity, level, static, tokens):
+@pytest.mark.parametrize("norm", ["image", "token"])
+def test_cea_against_loops(affinity, level, static, tokens, norm):
     B, H, W, C, R, D, h, k = 3, 5, 7, 9, 4, 6, 2, 2
     config = CEAConfig(rank=R, heads=h, probe_channels=D, affinity=affinity, topk=k, level=level, static=static,
-                           tokens=tokens)
+                       norm=norm, tokens=tokens)
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=shape) for name, shape in ablations.shapes(C, config).items()}
     x = rng.normal(size=(B, H, W, C))
@@ -580,7 +594,9 @@ def test_cea_against_loops(affinity, level, static, tokens):
     seen = ablations.anatomy(cache)
     for b in range(B):
         X = [x[b, i, j] for i in range(H) for j in range(W)]
-        Xhat = [(t - t.mean()) / (t.var() + 1e-6) ** 0.5 * p["norm.weight"] + p["norm.bias"] for t in X]
+        every = np.ravel(X)
+        moments = [(t.mean(), t.var()) if norm == "token" else (every.mean(), every.var()) for t in X]
+        Xhat = [(t - mean) / (var + 1e-6) ** 0.5 * p["norm.weight"] + p["norm.bias"] for t, (mean, var) in zip(X, moments)]
         A, U = np.array(p.get("A", np.zeros((R, C)))), np.array(p.get("U", np.zeros((R, C))))
         for r in range(R if static != "AU" else 0):
             Z = np.zeros(D)

@@ -120,6 +120,20 @@ def test_the_verdict_is_the_tables():
     assert min(leads) > 0 and f"last on all four suites, by {min(leads):.2f} to {max(leads):.2f} dB" in README
 
 
+def test_the_mechanism_is_the_committed_table():
+    text = (ROOT / "data/results/layer/mechanism.txt").read_text("utf-8")
+    assert text.rsplit("\n", 2)[0] in RESULTS
+    rows = {line[:24].strip(): [float(n) for n in re.findall(r"(\d+\.\d\d) \(", line)] for line in text.splitlines()[1:-1]}
+    rivals = [dB for model, dB in rows.items() if not model.startswith(("CEA", "degraded", "theory"))]
+    regions, lamps = (max(column) for column in zip(*rivals))
+    assert len(rivals) == 6 and f"from {rows['degraded'][1]} to {rows['CEA'][1]} dB; no rival passes {lamps}" in README
+    assert regions < rows["CEA"][0] - 4 and lamps < rows["CEA"][1] - 8 and rows["CEA"][1] > rows["CEA, softmax"][1] + 2
+    four = (ROOT / "data/results/layer/four.txt").read_text("utf-8").split("\n\n")
+    for block, wide in zip(four[:3:2], ("0.41 0.09", "0.53 0.24")):
+        lead = dict(re.findall(r"^(none|cea:norm=token,tokens=Xhat) .*? -(\d\.\d\d) \[", block, re.M))
+        assert f"{lead['cea:norm=token,tokens=Xhat']} {lead['none']}" == wide and all(n in README for n in wide.split())
+
+
 def test_low_light_makes_most_of_the_lead():
     found = means("aio5", 1000, 5)
     share = {}

@@ -41,7 +41,10 @@ def torch_cea(x, p, config):
     """The layer on features (B,C,H,W), parameters by name, one einsum per equation."""
     B, C, H, W = x.shape
     X = x.flatten(2).transpose(1, 2)
-    Xhat = F.layer_norm(X, (C,), p["norm.weight"], p["norm.bias"], 1e-6)
+    if config.norm == "token":
+        Xhat = F.layer_norm(X, (C,), p["norm.weight"], p["norm.bias"], 1e-6)
+    else:
+        Xhat = F.group_norm(x, 1, p["norm.weight"], p["norm.bias"], 1e-6).flatten(2).transpose(1, 2)
     if config.static != "AU":
         d = p["Q"].shape[1] // config.heads
         K, V, Q = (t.unflatten(-1, (config.heads, d)) for t in (Xhat @ p["W_K"], Xhat @ p["W_V"], p["Q"]))
@@ -49,7 +52,7 @@ def torch_cea(x, p, config):
         Z = torch.einsum("bhrn,bnhd->brhd", P, V).flatten(2)
     A = p["A"].expand(B, -1, -1) if "A" in config.static else torch.einsum("brd,dc->brc", Z, p["W_A"])
     U = p["U"].expand(B, -1, -1) if "U" in config.static else torch.einsum("brd,dc->brc", Z, p["W_U"])
-    S = torch.einsum("bnc,brc->bnr", Xhat, A) / C**0.5
+    S = torch.einsum("bnc,brc->bnr", X if config.tokens == "X" else Xhat, A) / C**0.5
     if config.affinity == "softmax":
         S = S.softmax(-1)
     if config.affinity == "topk":
@@ -106,13 +109,16 @@ def agree(room, x, p, mine, theirs, parameters):
         close(g[name], value.grad, "gradient")
 
 
-CEA = [CEAConfig(rank=5, heads=3, probe_channels=12, topk=2, affinity=affinity, level=level, static=static)
+CEA = [CEAConfig(rank=5, heads=3, probe_channels=12, topk=2, affinity=affinity, level=level, static=static,
+                 tokens="Xhat" if "U" in static else "X")
        for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
+CEA += [replace(CEA[0], norm=norm, tokens=tokens) for norm, tokens in (("token", "Xhat"), ("image", "Xhat"), ("token", "X"))]
 CEA += [CEAConfig(rank=1, heads=1), CEAConfig(rank=11, heads=6), CEAConfig(rank=5, heads=2, affinity="topk", topk=5)]
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("config", CEA, ids=lambda c: f"R{c.rank}-{c.affinity}-{c.level}-{c.static or 'written'}")
+@pytest.mark.parametrize(
+    "config", CEA, ids=lambda c: f"R{c.rank}-{c.affinity}-{c.level}-{c.static or 'written'}-{c.norm}-{c.tokens}")
 def test_cea_layer(room, config):
     rng = np.random.default_rng(0)
     p = random_params(ablations.shapes(6, config), rng)

@@ -8,6 +8,8 @@ from .ops import cpu
 from .params import accumulate
 from .runtime import InputError
 
+NORMS = {"image": "groupnorm", "token": "layernorm"}
+
 
 @dataclass(frozen=True)
 class CEAConfig:
@@ -17,7 +19,8 @@ class CEAConfig:
     affinity: "signed" | "softmax" | "topk" (softmax over the `topk` largest affinities of a token).
     level: "token" | "image" (every token gets the image's mean affinities, the mean taken after a softmax).
     static: "" | "A" | "U" | "AU", the factors that are learned constants (R,C) instead of written for each image.
-    tokens: "Xhat" | "X", what the affinities are taken of. X keeps the tokens' magnitude, which helps on aio5 (data/results).
+    norm: "image" | "token", what X is normalized by: the image's mean and variance, or each token's own (LayerNorm).
+    tokens: "X" | "Xhat", what the affinities are taken of. The default was norm "token" and tokens "Xhat" in older model files.
     """
     rank: int = 8
     heads: int = 4
@@ -26,11 +29,12 @@ class CEAConfig:
     topk: int = 2
     level: str = "token"
     static: str = ""
-    tokens: str = "Xhat"
+    norm: str = "image"
+    tokens: str = "X"
 
     def __post_init__(self):
         for name, valid in (("affinity", ("signed", "softmax", "topk")), ("level", ("token", "image")),
-                            ("static", ("", "A", "U", "AU")), ("tokens", ("Xhat", "X"))):
+                            ("static", ("", "A", "U", "AU")), ("norm", tuple(NORMS)), ("tokens", ("X", "Xhat"))):
             if getattr(self, name) not in valid:
                 raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
         D = 1 if self.probe_channels is None else self.probe_channels
@@ -43,7 +47,7 @@ class CEAConfig:
             raise InputError(f"cea topk is {self.topk}: expected at most the rank, {self.rank}")
 
     def is_the_method(self):
-        return (self.affinity, self.level, self.static, self.tokens) == ("signed", "token", "", "Xhat")
+        return (self.affinity, self.level, self.static, self.norm, self.tokens) == ("signed", "token", "", "image", "X")
 
 
 def shapes(C, config):
@@ -72,7 +76,7 @@ def forward(x, p, config, ops=cpu):
         y, cache = cea.cea(x, p, config.heads, ops)
         return y, (cache, config)
     X = cea.tokens(x, p)
-    Xhat, c_norm = ops.layernorm(X, p["norm.weight"], p["norm.bias"])
+    Xhat, c_norm = normalized(X, p, config.norm, ops)
     Z, c_Z = (None, None) if config.static == "AU" else ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], config.heads)
     A, c_A = (repeated(p["A"], len(x)), None) if "A" in config.static else ops.linear(Z, p["W_A"])
     U, c_U = (repeated(p["U"], len(x)), None) if "U" in config.static else ops.linear(Z, p["W_U"])
@@ -96,8 +100,20 @@ def backward(dy, cache, g):
             dZ = dZ + accumulate(g, ops.linear_backward(d, c), f"W_{factor}")
     if config.static != "AU":
         dXhat = dXhat + accumulate(g, ops.summarize_backward(dZ, c_Z), "W_K", "W_V", "Q")
-    dX = dX + accumulate(g, ops.layernorm_backward(dXhat, c_norm), "norm.weight", "norm.bias")
+    dX = dX + normalized_backward(dXhat, c_norm, g)
     return (dX + dtokens if config.tokens == "X" else dX).reshape(dy.shape)
+
+
+def normalized(x, p, norm, ops):
+    """x (B,...,C) by the norm of that name -> X̂, cache."""
+    Xhat, cache = getattr(ops, NORMS[norm])(x, p["norm.weight"], p["norm.bias"])
+    return Xhat, (getattr(ops, NORMS[norm] + "_backward"), cache)
+
+
+def normalized_backward(dXhat, cache, g):
+    """dx, and the norm's gradients added into g."""
+    backward, cache = cache
+    return accumulate(g, backward(dXhat, cache), "norm.weight", "norm.bias")
 
 
 def repeated(value, B):

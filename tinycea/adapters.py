@@ -1,7 +1,8 @@
 """What CEA is compared with, under the same contract: token MLP, descriptor, prompt and experts, forward over backward.
 
 A family has a configuration and four functions: `shapes` and `init` of the parameters, forward and backward. Like CEA, all start
-from the normalized features of a stage, X̂ = LayerNorm(X), and end with a factor that starts at zero, so that Y = X.
+from the normalized features of a stage, X̂ = Norm(X), and end with a factor that starts at zero, so that Y = X. The norm is each
+token's own (LayerNorm) or the image's, as `CEAConfig.norm`.
 SG is NAFNet's simple gate: the product of the two halves of the channels. Sizes, and where the non-linearity sits, are our
 choice, made so that each family is as strong as we could make it at CEA's number of parameters. Static low-rank is
 `CEAConfig(static="AU")`.
@@ -13,28 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from . import ablations
-from .ablations import CEAConfig, repeated
+from .ablations import NORMS, CEAConfig, normalized, normalized_backward, repeated
 from .cea import tokens
 from .ops import cpu
 from .params import accumulate
 from .runtime import InputError
 
 
-def _positive(config, *names):
-    for name in names:
+def _check(config, *positive):
+    if config.norm not in NORMS:
+        raise InputError(f"norm is {config.norm!r}: choose one of {', '.join(map(repr, NORMS))}")
+    for name in positive:
         if not (isinstance(getattr(config, name), int) and getattr(config, name) > 0):
             raise InputError(f"{name} is {getattr(config, name)!r}: expected a positive integer")
-
-
-def _normalized(x, p, ops):
-    """X̂ (B,H,W,C) and its cache; InputError unless x is of that shape, no side zero."""
-    tokens(x, p)
-    return ops.layernorm(x, p["norm.weight"], p["norm.bias"])
-
-
-def _normalized_backward(dXhat, cache, dy, g, ops):
-    """dx of a layer whose gradients are dXhat through the norm and dy past it."""
-    return accumulate(g, ops.layernorm_backward(dXhat, cache), "norm.weight", "norm.bias") + dy
 
 
 # ---- token MLP -------------------------------------------------------------------------------------------------------
@@ -43,9 +35,10 @@ def _normalized_backward(dXhat, cache, dy, g, ops):
 class MLPConfig:
     """Every token through the same small network: Y = X + SG(X̂ W_1 + b_1) W_2, with M hidden channels."""
     hidden: int = 50
+    norm: str = "token"
 
     def __post_init__(self):
-        _positive(self, "hidden")
+        _check(self, "hidden")
 
 
 def mlp_shapes(C, config):
@@ -56,7 +49,8 @@ def mlp_shapes(C, config):
 
 def mlp(x, p, config, ops=cpu):
     """x (B,H,W,C) -> (B,H,W,C), cache; so for every family."""
-    Xhat, c_norm = _normalized(x, p, ops)
+    tokens(x, p)                              # refuses other shapes
+    Xhat, c_norm = normalized(x, p, config.norm, ops)
     u, c_1 = ops.linear(Xhat, p["W_1"], p["b_1"])
     v, c_gate = ops.simple_gate(u)
     w, c_2 = ops.linear(v, p["W_2"])
@@ -68,7 +62,7 @@ def mlp_backward(dy, cache, g):
     dv = accumulate(g, ops.linear_backward(dy, c_2), "W_2")
     du = ops.simple_gate_backward(dv, c_gate)
     dXhat = accumulate(g, ops.linear_backward(du, c_1), "W_1", "b_1")
-    return _normalized_backward(dXhat, c_norm, dy, g, ops)
+    return dy + normalized_backward(dXhat, c_norm, g)
 
 
 # ---- descriptor ------------------------------------------------------------------------------------------------------
@@ -81,9 +75,10 @@ class DescriptorConfig:
     InstructIR's descriptors; the channel mix W follows InstructIR.
     """
     hidden: int = 28
+    norm: str = "token"
 
     def __post_init__(self):
-        _positive(self, "hidden")
+        _check(self, "hidden")
 
 
 def descriptor_shapes(C, config):
@@ -95,7 +90,8 @@ def descriptor_shapes(C, config):
 
 def descriptor(x, p, config, ops=cpu):
     C = x.shape[-1]
-    Xhat, c_norm = _normalized(x, p, ops)
+    tokens(x, p)                              # refuses other shapes
+    Xhat, c_norm = normalized(x, p, config.norm, ops)
     d, c_pool = ops.global_average_pool(Xhat)
     u, c_1 = ops.linear(d, p["W_1"], p["b_1"])
     e, c_gate = ops.simple_gate(u)
@@ -113,7 +109,7 @@ def descriptor_backward(dy, cache, g):
     de = accumulate(g, ops.linear_backward(np.concatenate((dgamma, dbeta), -1), c_2), "W_2", "b_2")
     du = ops.simple_gate_backward(de, c_gate)
     dd = accumulate(g, ops.linear_backward(du, c_1), "W_1", "b_1")
-    return _normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, dy, g, ops)
+    return dy + normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, g)
 
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
@@ -129,9 +125,10 @@ class PromptConfig:
     size: int = 8
     channels: int = 8
     hidden: int = 19
+    norm: str = "token"
 
     def __post_init__(self):
-        _positive(self, "prompts", "size", "channels", "hidden")
+        _check(self, "prompts", "size", "channels", "hidden")
 
 
 def prompt_shapes(C, config):
@@ -142,7 +139,8 @@ def prompt_shapes(C, config):
 
 
 def prompt(x, p, config, ops=cpu):
-    Xhat, c_norm = _normalized(x, p, ops)
+    tokens(x, p)                              # refuses other shapes
+    Xhat, c_norm = normalized(x, p, config.norm, ops)
     B, H, W, _ = x.shape
     d, c_pool = ops.global_average_pool(Xhat)
     logits, c_p = ops.linear(d, p["W_p"])
@@ -164,7 +162,7 @@ def prompt_backward(dy, cache, g):
     dmixed = accumulate(g, ops.linear_backward(ops.resize_backward(du, c_resize), c_P), "W_P")
     dw = accumulate(g, ops.linear_backward(dmixed.reshape(len(dy), 1, 1, -1), c_mix), "P")
     dd = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dw, c_softmax), c_p), "W_p")
-    return _normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, dy, g, ops)
+    return dy + normalized_backward(dXhat + ops.global_average_pool_backward(dd, c_pool), c_norm, g)
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
@@ -183,9 +181,10 @@ class ExpertsConfig:
     rank: int = 18
     level: str = "image"
     balance: float = 0.01
+    norm: str = "token"
 
     def __post_init__(self):
-        _positive(self, "experts", "topk", "rank")
+        _check(self, "experts", "topk", "rank")
         if self.topk > self.experts:
             raise InputError(f"topk is {self.topk}: expected at most the number of experts, {self.experts}")
         if self.level not in ("image", "token"):
@@ -201,7 +200,8 @@ def experts_shapes(C, config):
 
 
 def experts(x, p, config, ops=cpu):
-    Xhat, c_norm = _normalized(x, p, ops)
+    tokens(x, p)                              # refuses other shapes
+    Xhat, c_norm = normalized(x, p, config.norm, ops)
     B, H, W, C = x.shape
     X, Xhat = x.reshape(B, H * W, C), Xhat.reshape(B, H * W, C)
     routed, c_pool = ops.global_average_pool(Xhat[:, None]) if config.level == "image" else (Xhat[:, None], None)
@@ -226,7 +226,7 @@ def experts_backward(dy, cache, g):
     drouted = accumulate(g, ops.linear_backward(ops.topk_softmax_backward(dpi, c_softmax), c_g), "W_g")
     if config.level == "image":
         drouted = ops.global_average_pool_backward(drouted[:, None], c_pool)[:, 0]
-    return _normalized_backward((dXhat + drouted).reshape(dy.shape), c_norm, dy, g, ops)
+    return dy + normalized_backward((dXhat + drouted).reshape(dy.shape), c_norm, g)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def cases(ops, seed=0):
     yield op("linear", {"x": n(2, 5, 3), "weight": n(3, 4), "bias": n(4)})
     yield op("conv1x1", {"x": n(2, 3, 5, 4), "weight": n(7, 4, 1, 1), "bias": n(7)})
     yield op("layernorm", {"x": n(2, 3, 5), "weight": n(5), "bias": n(5)})
+    yield op("groupnorm", {"x": n(2, 3, 5), "weight": n(5), "bias": n(5)})
     yield op("norm_conv1x1", {"x": n(2, 3, 5, 4), "norm_weight": n(4), "norm_bias": n(4), "weight": n(7, 4, 1, 1), "bias": n(7)})
     yield op("conv3x3", {"x": n(2, 5, 3, 4), "weight": n(7, 4, 3, 3), "bias": n(7)})
     depthwise = {"x": n(2, 5, 3, 4), "weight": n(4, 1, 3, 3), "bias": n(4)}
@@ -77,21 +78,27 @@ def cases(ops, seed=0):
             if k == S.shape[-1] or (S[..., -k] - S[..., -k - 1]).min() > 0.01:
                 return x, p
 
-    switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static)
+    switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static,
+                          tokens="Xhat" if "U" in static else "X")     # else nothing depends on norm.bias under a softmax
                 for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
-    switches += [replace(config, tokens="X") for config in switches if not config.static]
+    switches += [replace(switches[0], static="U")]
+    switches += [replace(config, norm=norm, tokens=tokens) for config in switches if not config.static
+                 for norm, tokens in (("token", "Xhat"), ("image", "Xhat"), ("token", "X"))]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
-        label = f"{config.affinity}, {config.level}, static {config.static or 'none'}{', of X' * (config.tokens == 'X')}"
+        label = f"{config.affinity}, {config.level}, static {config.static or 'none'}"
+        if (config.norm, config.tokens) != ("image", "X"):
+            label += f", {config.norm} norm, of {config.tokens}"
         label = "fast weight" if config.rank == 9 else label
         signed, k = replace(config, affinity="signed", level="token"), config.topk if config.affinity == "topk" else config.rank
         x, p = apart(ablations.shapes(6, config), lambda x, p: ablations.anatomy(ablations.forward(x, p, signed)[1])["S"], k)
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: ablations.forward(x, p, c, ops), ablations.backward, x, p)
 
     rivals = {"mlp": MLPConfig(hidden=4), "descriptor": DescriptorConfig(hidden=4), "prompt": PromptConfig(3, 4, 2, hidden=5)}
-    for name, config in rivals.items():
+    for name, config in [*rivals.items(), ("mlp", MLPConfig(hidden=4, norm="image"))]:
         _, shapes, _, forward, backward = FAMILIES[name]
-        yield name, 1e-6, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
-                                  n(3, 2, 7, 6), parameters(shapes(6, config)))
+        label = name + ", image norm" * (config.norm == "image")
+        yield label, 1e-6, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
+                                   n(3, 2, 7, 6), parameters(shapes(6, config)))
     for level, k in product(("image", "token"), (1, 2, 3)):
         config = ExpertsConfig(3, k, 2, level, balance=0)              # balance is in the gradient alone: tests/test_adapters.py
         x, p = apart(adapters.experts_shapes(6, config), lambda x, p: adapters.experts(x, p, config)[1][3], k)

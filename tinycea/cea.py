@@ -2,16 +2,18 @@
 
 For tokens X (B,N,C) of one stage's features:
 
-    X̂ = LayerNorm(X)                                      (B,N,C)      by each token's mean and variance, eps 1e-6, then a weight
-                                                                       and a bias per channel
+    X̂ = Norm(X)                                           (B,N,C)      by the image's one mean and variance, eps 1e-6, then a
+                                                                       weight and a bias per channel
     K = X̂ W_K,   V = X̂ W_V                                (B,N,D)      what the probe sees
     P = softmax over n of  Q K^T / sqrt(D/h)              (B,h,R,N)    Q (R,D): R learned rank queries in h heads
     Z = P V                                               (B,R,D)      one summary of the image per rank component
     A = Z W_A,   U = Z W_U                                (B,R,C)      routing bases, residual directions
-    S = X̂ A^T / sqrt(C)                                    (B,N,R)      signed affinities: no softmax, no top-k
+    S = X A^T / sqrt(C)                                   (B,N,R)      signed affinities: no softmax, no top-k
     Y = X + S U / sqrt(R)                                 (B,N,C)      each token assembles its own residual
 
-The paper's abstract fixes the probe, A, U and the signed affinities; LayerNorm, heads, scales and initialization are our choice.
+The image writes one linear map, Y = X (I + A^T U / sqrt(C R)). Through the norm it is blind to the image's scale: doubling X
+doubles Y. (Not so with a norm per token, which would also divide away how much of a degradation a token carries.)
+The paper's abstract fixes the probe, A, U and the signed affinities; norm, heads, scales and initialization are our choice.
 Derived line by line in notebooks/02_hyper_adapter; the last two lines as attention: notebooks/03_linear_attention. Switches for
 ablation are in ablations.py.
 """
@@ -45,22 +47,22 @@ def init(p, rng):
 def cea(x, p, heads=4, ops=cpu):
     """One layer. Features x (B,H,W,C), parameters p (see `shapes`) -> y (B,H,W,C), cache. InputError for any other shape."""
     X = tokens(x, p)
-    Xhat, c_norm = ops.layernorm(X, p["norm.weight"], p["norm.bias"])
+    Xhat, c_norm = ops.groupnorm(X, p["norm.weight"], p["norm.bias"])
     Z, c_Z = ops.summarize(Xhat, p["W_K"], p["W_V"], p["Q"], heads)
     A, c_A = ops.linear(Z, p["W_A"])
     U, c_U = ops.linear(Z, p["W_U"])
-    Y, c_Y = ops.assembly(X, Xhat, A, U)
-    return Y.reshape(x.shape), (Xhat, A, U, c_norm, c_Z, c_A, c_U, c_Y, ops)
+    Y, c_Y = ops.assembly(X, X, A, U)
+    return Y.reshape(x.shape), (X, A, U, c_norm, c_Z, c_A, c_U, c_Y, ops)
 
 
 def cea_backward(dy, cache, g):
     """dx, and every parameter's gradient added into g (names as in p): the forward read from the bottom up."""
-    Xhat, _, _, c_norm, c_Z, c_A, c_U, c_Y, ops = cache
-    dX, dXhat, dA, dU = ops.assembly_backward(dy.reshape(Xhat.shape), c_Y)
+    X, _, _, c_norm, c_Z, c_A, c_U, c_Y, ops = cache
+    dX, dX_S, dA, dU = ops.assembly_backward(dy.reshape(X.shape), c_Y)          # dX_S: through the affinities
     dZ = accumulate(g, ops.linear_backward(dU, c_U), "W_U")
     dZ = dZ + accumulate(g, ops.linear_backward(dA, c_A), "W_A")
-    dXhat += accumulate(g, ops.summarize_backward(dZ, c_Z), "W_K", "W_V", "Q")
-    dX = dX + accumulate(g, ops.layernorm_backward(dXhat, c_norm), "norm.weight", "norm.bias")
+    dXhat = accumulate(g, ops.summarize_backward(dZ, c_Z), "W_K", "W_V", "Q")
+    dX = dX + dX_S + accumulate(g, ops.groupnorm_backward(dXhat, c_norm), "norm.weight", "norm.bias")
     return dX.reshape(dy.shape)
 
 

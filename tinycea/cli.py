@@ -1,4 +1,4 @@
-"""The command `tinycea`: train, compare, restore, degrade, demo, gradcheck, bench.
+"""The command `tinycea`: mechanism, train, compare, restore, degrade, demo, gradcheck, bench.
 
 Bad input ends in one sentence and exit status 2.
 """
@@ -29,15 +29,21 @@ def parser():
     path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     top.add_argument("--version", action="version", version=f"tinycea {__version__}")
-    commands = top.add_subparsers(required=True, metavar="train|compare|restore|degrade|demo|gradcheck|bench")
+    commands = top.add_subparsers(required=True, metavar="mechanism|train|compare|restore|degrade|demo|gradcheck|bench")
 
     def command(run, description):
         sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
         return sub
 
+    sub = command(mechanism, "what the layer is for: teach one layer alone, and its rivals, to clean photographs under "
+                  "unknown colors; a table and a picture (a minute on two cores)")
+    sub.add_argument("-o", "--out", type=path, default="mechanism.png", help="the picture, a .png (default mechanism.png)")
+    sub.add_argument("--test", type=path, metavar="DIR", help="a folder of photographs to test on, its last hundred by name, "
+                     "instead of scikit-image's")
+
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
-    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, or several joined by + (default aio5)")
+    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, or several joined by + (default aio5)")
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
                      "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
@@ -53,7 +59,7 @@ def parser():
 
     sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys "
                   "(45 minutes on two cores by default)")
-    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork (default all four)")
+    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains (default the first four)")
     sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
@@ -75,7 +81,7 @@ def parser():
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
     sub.add_argument("-o", "--out", type=path, required=True, help="the image file to write, 8-bit RGB")
     sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="one or several joined by +: low, rain, snow, "
-                     "haze, blur (motion or defocus), noise15, noise25, noise50; or patchwork")
+                     "haze, blur (motion or defocus), noise15, noise25, noise50; or patchwork, stains, stains-overlapping")
     sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
@@ -114,9 +120,22 @@ positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 # ---- the commands: each takes the parsed arguments and returns an exit status ----------------------------------------
 
+def png(path):
+    """The path of a picture to write; InputError unless it can be a .png file."""
+    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
+        raise InputError(f"{path}: this is a picture, name a .png file")
+    return path
+
+
 def given(args, *names):
     """The options that were typed."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def mechanism(args):
+    from .lab.mechanism import publish
+    publish(args.test, png(args.out))
+    return 0
 
 
 def train(args):
@@ -167,9 +186,7 @@ def degrade(args):
 def demo(args):
     from . import plots
     from .restoration import demo as run
-    if Path(args.out).suffix.lower() != ".png" or Path(args.out).is_dir():
-        raise InputError(f"{args.out}: the demo is a picture, name a .png file")
-    plots.demo(*run(), args.out)
+    plots.demo(*run(), png(args.out))
     print(args.out)
     return 0
 

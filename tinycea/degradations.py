@@ -192,6 +192,7 @@ SUITES = {
     "cdd11": ["low", "haze", "rain", "snow", "low+haze", "low+rain", "low+snow", "haze+rain", "haze+snow",
               "low+haze+rain", "low+haze+snow"],
     "patchwork": ["patchwork"],
+    "stains": ["stains", "stains-overlapping"],
 }
 
 
@@ -236,21 +237,46 @@ def patchwork(scene, rng, names=None, strength=1.0):
     return np.clip(image, 0, 1), mask, names
 
 
+def stains(scene, rng, overlapping=False, strength=1.0):
+    """(image, amounts) under K = 3 stains of unknown color: I = 1/8 + 3/4 (J + sum_k a_k (t_k + g_k)), cut to [0,1].
+
+    t_k ~ N(0, 0.25^2) per color channel is a stain's tint, another one in every image. g_k is its grain, by which it can be told:
+    a sine of amplitude 0.15 and period 4 pixels along the columns, the rows or the diagonal, the same for all colors.
+    amounts a (H,W,K) float32: 1 where the k-th of three smooth random fields is the largest, 0 elsewhere; or, overlapping, half
+    the size of each field of unit variance. They grow with the image. The photograph is faded, so that little is cut off.
+    strength 0 is J; others lie on the line from J through I. Our choice.
+    """
+    shape = scene.image.shape[:2]
+    fields = np.stack([ndimage.gaussian_filter(rng.standard_normal(shape), min(shape) / 12, mode="wrap") for _ in range(3)], -1)
+    amounts = abs(fields) / (2 * fields.std()) if overlapping else fields.argmax(-1)[..., None] == np.arange(3)
+    amounts, tints = amounts.astype(np.float32), rng.normal(0, 0.25, (3, 3)).astype(np.float32)
+    y, x = np.indices(shape)
+    grain = 0.15 * np.sin(np.pi / 2 * np.stack((y, x, x + y), -1)).astype(np.float32)
+    stained = 0.125 + 0.75 * (scene.image + amounts @ tints + (amounts * grain).sum(-1, keepdims=True))
+    return np.clip(scene.image + strength * (stained - scene.image), 0, 1).astype(np.float32), amounts
+
+
+# Entries of a suite that are no composition: each takes (scene, rng, strength) and gives (image, masks, ...).
+WITH_MASKS = {"patchwork": lambda scene, rng, strength: patchwork(scene, rng, strength=strength),
+              "stains": lambda scene, rng, strength: stains(scene, rng, False, strength),
+              "stains-overlapping": lambda scene, rng, strength: stains(scene, rng, True, strength)}
+
+
 def check_entry(entry):
     """InputError unless `apply` knows this entry."""
-    if entry != "patchwork":
+    if entry not in WITH_MASKS:
         _ordered(entry.split("+"))
 
 
 def apply(scene, entry, rng, strength=1.0):
-    """The degraded image of a scene for one entry of a suite: "patchwork", or a degradation or several joined by "+"."""
-    if entry == "patchwork":
-        return patchwork(scene, rng, strength=strength)[0]
+    """The degraded image of a scene for one entry of a suite: one of WITH_MASKS, or a degradation or several joined by "+"."""
+    if entry in WITH_MASKS:
+        return WITH_MASKS[entry](scene, rng, strength)[0]
     return compose(scene, entry.split("+"), rng, strength)
 
 
 def degrade(image: np.ndarray, names: str, seed: int = 0, strength: float = 1.0) -> np.ndarray:
-    """An image degraded by `names`: an entry of a suite, such as "haze+rain" or "patchwork". The same seed gives the same result.
+    """An image degraded by `names`: an entry of a suite, such as "haze+rain" or "stains". The same seed gives the same result.
 
     image: uint8, uint16 or float in [0,1], gray or color, with or without alpha, as `images.on_rgb`; the result is of the
     same kind. InputError for anything else, and for an unknown or repeated name.

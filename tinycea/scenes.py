@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import skimage
 
-from .images import read_image, rgb
+from .images import folder, read_image, rgb
 from .runtime import InputError
 
 # Left out of scikit-image's photographs: the blurred (clock_motion, text), the tiny or grainy (microaneurysms, cell),
@@ -135,9 +135,15 @@ def crop(scene, size, rng):
     return Scene(*(m if m is None else np.rot90(m[y:y + size, x:x + size][:, ::step], turns).copy() for m in scene))
 
 
-def photographs(split):
-    """{name: (H,W,3) float32 in [0,1]}: photographs in scikit-image's wheel, never downloaded. InputError for another split."""
+def photographs(split, images=None):
+    """{name: (H,W,3) float32 in [0,1]}: photographs in scikit-image's wheel, never downloaded. InputError for another split.
+
+    images: a folder of photographs instead: its first hundred by name for choosing ("validation"), its last hundred for "test".
+    """
     if split not in PHOTOGRAPHS:
         raise InputError(f"split is {split!r}; expected one of {', '.join(PHOTOGRAPHS)}")
+    if images:
+        found = list(folder(images))
+        return dict(found[-100:] if split == "test" else found[:100])
     data = Path(skimage.__file__).parent / "data"
     return {Path(name).stem: rgb(read_image(data / name)[0]) for name in PHOTOGRAPHS[split]}

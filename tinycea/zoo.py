@@ -19,8 +19,10 @@ ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=No
     name: NAFNetConfig(adapter=adapter) for name, adapter in {
         "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
         "cea-image": CEAConfig(level="image"),
-        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"), "cea-static": CEAConfig(static="AU"),
-        "static": CEAConfig(static="AU", rank=76), "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
+        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"),
+        "cea-static": CEAConfig(static="AU", tokens="Xhat"),
+        "static": CEAConfig(static="AU", rank=76, norm="token", tokens="Xhat"),
+        "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
         "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
 
 
@@ -97,7 +99,7 @@ def from_dict(values):
     """The NAFNetConfig whose `to_dict` went through JSON (lists become tuples again)."""
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if values["adapter"] is not None:
-        options = dict(values["adapter"])
+        options = {"norm": "token"} | values["adapter"]           # older files do not name the norm
         values["adapter"] = FAMILIES[options.pop("family")].config(**options)
     return NAFNetConfig(**values)
 

@@ -49,12 +49,12 @@ class CEA(nn.Module):
         B, C, H, W = x.shape
         (R, D), h = self.Q.shape, self.heads
         X = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        Xhat = F.layer_norm(X, (C,), self.norm_weight, self.norm_bias, 1e-6)
+        Xhat = F.group_norm(X.transpose(1, 2), 1, self.norm_weight, self.norm_bias, 1e-6).transpose(1, 2)
         K, V = ((Xhat @ weight).view(B, H * W, h, D // h).transpose(1, 2) for weight in (self.W_K, self.W_V))
         Q = self.Q.view(R, h, D // h).transpose(0, 1).expand(B, -1, -1, -1)
         Z = F.scaled_dot_product_attention(Q, K, V).transpose(1, 2).reshape(B, R, D)
         A, U = Z @ self.W_A, Z @ self.W_U
-        S = Xhat @ A.transpose(1, 2) * C**-0.5
+        S = X @ A.transpose(1, 2) * C**-0.5
         Y = X + S @ U * R**-0.5
         return Y.view(B, H, W, C).permute(0, 3, 1, 2)
 

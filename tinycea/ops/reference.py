@@ -55,21 +55,42 @@ def conv1x1_backward(dy, cache):
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
-def layernorm(x, weight, bias, eps=1e-6):
-    """Normalize each token over its channels: y = w (x - mean)/sqrt(var + eps) + b (Ba et al. 2016; eps as NAFNet). x (...,C)."""
-    centered = x - x.mean(-1, keepdims=True)
-    rstd = 1 / np.sqrt((centered * centered).mean(-1, keepdims=True) + eps)
+def _norm(x, weight, bias, eps, over):
+    centered = x - x.mean(over, keepdims=True)
+    rstd = 1 / np.sqrt((centered * centered).mean(over, keepdims=True) + eps)
     xhat = centered * rstd
     return xhat * weight + bias, (xhat, rstd, weight)
 
 
-def layernorm_backward(dy, cache):
-    """With g = dy w: dx = (g - mean(g) - xhat mean(g xhat)) / std; dw = sum dy xhat, db = sum dy."""
+def _norm_gradients(dy, cache, over):
     xhat, rstd, weight = cache
     g = dy * weight
-    dx = (g - g.mean(-1, keepdims=True) - xhat * (g * xhat).mean(-1, keepdims=True)) * rstd
-    over = tuple(range(dy.ndim - 1))
-    return dx, (dy * xhat).sum(over), dy.sum(over)
+    dx = (g - g.mean(over, keepdims=True) - xhat * (g * xhat).mean(over, keepdims=True)) * rstd
+    rest = tuple(range(dy.ndim - 1))
+    return dx, (dy * xhat).sum(rest), dy.sum(rest)
+
+
+def layernorm(x, weight, bias, eps=1e-6):
+    """Normalize each token over its channels: y = w (x - mean)/sqrt(var + eps) + b (Ba et al. 2016; eps as NAFNet). x (...,C)."""
+    return _norm(x, weight, bias, eps, -1)
+
+
+def layernorm_backward(dy, cache):
+    """With g = dy w: dx = (g - mean(g) - xhat mean(g xhat)) / std; dw = sum dy xhat, db = sum dy."""
+    return _norm_gradients(dy, cache, -1)
+
+
+def groupnorm(x, weight, bias, eps=1e-6):
+    """Normalize each image over all its tokens and channels, then a weight and a bias per channel. x (B,...,C).
+
+    GroupNorm with one group (Wu and He 2018): tokens keep their lengths relative to each other.
+    """
+    return _norm(x, weight, bias, eps, tuple(range(1, x.ndim)))
+
+
+def groupnorm_backward(dy, cache):
+    """As `layernorm_backward`, its means over the image."""
+    return _norm_gradients(dy, cache, tuple(range(1, dy.ndim)))
 
 
 def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):

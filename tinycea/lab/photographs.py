@@ -1,0 +1,50 @@
+"""Fetch the free photographs that the shipped weights and the longer experiments are taught on, from four Debian packages.
+
+`python -m tinycea.lab.photographs FOLDER [DEB ...]` downloads them with apt-get (or takes .deb files that are already here),
+picks the photographs below, halves each until its longer side has at most 1,400 pixels, which removes JPEG blocks and sensor
+noise, and writes PNG files. Authors and free licenses: usr/share/doc/PACKAGE/copyright in each package. Nothing is committed.
+"""
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..images import read_image, rgb, write_image
+from ..runtime import make_folder
+from ..scenes import halve
+
+LARGEST = 1400                                # pixels of the longer side
+PACKAGES = {                                  # name -> patterns of the photographs below usr/share
+    "lomiri-wallpapers-16.04": ["backgrounds/[!au]*.jpg", "backgrounds/aitzgorri*.jpg"],      # not analogpattern, not umang
+    "lomiri-wallpapers-20.04": ["backgrounds/Kleiber*.jpg"],
+    "mate-backgrounds": ["backgrounds/mate/nature/*.jpg"],
+    "plasma-workspace-wallpapers": [f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in (
+        "BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "Kite", "OneStandsOut",
+        "Path", "summer_1am")]}
+
+
+def fetch(folder, debs=()):
+    """Write the photographs into a folder -> their names."""
+    make_folder(folder)
+    written = []
+    with TemporaryDirectory() as place:
+        if not debs:
+            subprocess.run(["apt-get", "download", *PACKAGES], cwd=place, check=True)
+            debs = sorted(Path(place).glob("*.deb"))
+        for deb in debs:
+            package = Path(deb).name.split("_")[0]
+            unpacked = Path(place) / package
+            subprocess.run(["dpkg-deb", "-x", deb, unpacked], check=True)
+            for file in sorted(file for pattern in PACKAGES[package] for file in (unpacked / "usr/share").glob(pattern)):
+                pixels = rgb(read_image(file)[0])
+                while max(pixels.shape) > LARGEST:
+                    pixels = halve(pixels)
+                name = file.parts[-4] if file.stem[0].isdigit() else file.stem      # Plasma names the folder, not the file
+                write_image(Path(folder) / f"{name}.png", pixels)
+                written.append(name)
+    return written
+
+
+if __name__ == "__main__":
+    names = fetch(sys.argv[1], sys.argv[2:])
+    print(f"{len(names)} photographs in {sys.argv[1]}: {', '.join(names)}")
