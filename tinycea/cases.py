@@ -81,9 +81,8 @@ def cases(ops, seed=0):
     switches = [CEAConfig(rank=4, heads=5, probe_channels=10, topk=2, affinity=affinity, level=level, static=static,
                           tokens="Xhat" if "U" in static else "X")     # else nothing depends on norm.bias under a softmax
                 for affinity in ("signed", "softmax", "topk") for level in ("token", "image") for static in ("", "A", "U", "AU")]
-    switches += [replace(switches[0], static="U")]
-    switches += [replace(config, norm=norm, tokens=tokens) for config in switches if not config.static
-                 for norm, tokens in (("token", "Xhat"), ("image", "Xhat"), ("token", "X"))]
+    switches += [replace(switches[0], static="U")] + [replace(switches[0], norm=norm, tokens=tokens)
+                                                      for norm, tokens in (("token", "Xhat"), ("image", "Xhat"), ("token", "X"))]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
         label = f"{config.affinity}, {config.level}, static {config.static or 'none'}"
         if (config.norm, config.tokens) != ("image", "X"):
