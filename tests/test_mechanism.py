@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from tinycea import cli
 from tinycea.adapters import family
 from tinycea.degradations import apply, stains
 from tinycea.lab import mechanism
@@ -55,6 +56,12 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     for model in ("degraded", *mechanism.MODELS, "CEA set by hand", "theory of signed"):
         assert re.search(rf"^{re.escape(model)} .*\d\.\d\d", table, re.M), model
     assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_bad_folder_or_picture_is_refused_at_once(tmp_path, capsys):
+    assert cli.main(["mechanism", "--test", str(tmp_path / "none"), "-o", str(tmp_path / "m.png")]) == 2
+    assert "is not a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert cli.main(["mechanism", "-o", str(tmp_path / "m.jpg")]) == 2 and "name a .png file" in capsys.readouterr().err
 
 
 # ---- the suite -----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def job_data(kind, size):
     if kind.startswith("CEA"):
         N, C, R = size
         config, shape = 4, (1, int(N**0.5), int(N**0.5), C)
-        p = Params(cea.shapes(C, config))
+        p = Params(cea.shapes(C, R, config))
         cea.init(p, rng)
         p["W_U"] = rng.normal(0, C**-0.5, p["W_U"].shape)                       # zero at initialization
     elif kind.startswith("NAFBlock"):

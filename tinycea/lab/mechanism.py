@@ -191,11 +191,12 @@ def trials(jobs, folder):
 def publish(folder=None, out="mechanism.png", steps=2000):
     """Teach every model both tasks, print the table, draw the picture. folder: of photographs to test on, see `photographs`."""
     tasks = {name: TASKS[name] for name in ("regions", "lamps")}
+    tested = {name: pictures(task, folder) for name, task in tasks.items()}     # first: a bad folder is refused at once
     jobs = {(name, model): (task, config, 0.03, steps, 0) for name, task in tasks.items() for model, config in MODELS.items()}
     results = trials(list(jobs.values()), folder)
     table, parameters = defaultdict(list), {}
     for name, task in tasks.items():
-        x, J, a = pictures(task, folder)
+        x, J, a = tested[name]
         table["degraded"].append(psnr(x, J))
         for model in MODELS:
             p, found = results[jobs[name, model]]

@@ -48,8 +48,8 @@ class CEA(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         (R, D), h = self.Q.shape, self.heads
-        X = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        Xhat = F.group_norm(X.transpose(1, 2), 1, self.norm_weight, self.norm_bias, 1e-6).transpose(1, 2)
+        X, Xhat = (t.permute(0, 2, 3, 1).reshape(B, H * W, C)
+                   for t in (x, F.group_norm(x, 1, self.norm_weight, self.norm_bias, 1e-6)))
         K, V = ((Xhat @ weight).view(B, H * W, h, D // h).transpose(1, 2) for weight in (self.W_K, self.W_V))
         Q = self.Q.view(R, h, D // h).transpose(0, 1).expand(B, -1, -1, -1)
         Z = F.scaled_dot_product_attention(Q, K, V).transpose(1, 2).reshape(B, R, D)
