@@ -29,6 +29,12 @@ def _check(config, *positive):
             raise InputError(f"{name} is {getattr(config, name)!r}: expected a positive integer")
 
 
+def _normalized(x, p, config, ops):
+    """X̂ (B,H,W,C) and its cache; InputError unless x is of that shape, no side zero."""
+    tokens(x, p)
+    return normalized(x, p, config.norm, ops)
+
+
 # ---- token MLP -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ def mlp_shapes(C, config):
 
 def mlp(x, p, config, ops=cpu):
     """x (B,H,W,C) -> (B,H,W,C), cache; so for every family."""
-    tokens(x, p)                              # refuses other shapes
-    Xhat, c_norm = normalized(x, p, config.norm, ops)
+    Xhat, c_norm = _normalized(x, p, config, ops)
     u, c_1 = ops.linear(Xhat, p["W_1"], p["b_1"])
     v, c_gate = ops.simple_gate(u)
     w, c_2 = ops.linear(v, p["W_2"])
@@ -90,8 +95,7 @@ def descriptor_shapes(C, config):
 
 def descriptor(x, p, config, ops=cpu):
     C = x.shape[-1]
-    tokens(x, p)                              # refuses other shapes
-    Xhat, c_norm = normalized(x, p, config.norm, ops)
+    Xhat, c_norm = _normalized(x, p, config, ops)
     d, c_pool = ops.global_average_pool(Xhat)
     u, c_1 = ops.linear(d, p["W_1"], p["b_1"])
     e, c_gate = ops.simple_gate(u)
@@ -139,8 +143,7 @@ def prompt_shapes(C, config):
 
 
 def prompt(x, p, config, ops=cpu):
-    tokens(x, p)                              # refuses other shapes
-    Xhat, c_norm = normalized(x, p, config.norm, ops)
+    Xhat, c_norm = _normalized(x, p, config, ops)
     B, H, W, _ = x.shape
     d, c_pool = ops.global_average_pool(Xhat)
     logits, c_p = ops.linear(d, p["W_p"])
@@ -200,8 +203,7 @@ def experts_shapes(C, config):
 
 
 def experts(x, p, config, ops=cpu):
-    tokens(x, p)                              # refuses other shapes
-    Xhat, c_norm = normalized(x, p, config.norm, ops)
+    Xhat, c_norm = _normalized(x, p, config, ops)
     B, H, W, C = x.shape
     X, Xhat = x.reshape(B, H * W, C), Xhat.reshape(B, H * W, C)
     routed, c_pool = ops.global_average_pool(Xhat[:, None]) if config.level == "image" else (Xhat[:, None], None)

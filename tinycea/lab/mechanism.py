@@ -100,10 +100,16 @@ def bank(task):
 
 
 @cache
+def tested_on(folder):
+    """The test photographs, read once for all tasks and sizes."""
+    return photographs("test", folder)
+
+
+@cache
 def pictures(task, folder=None, side=SIDE, draws=4):
     """(x, J, a) of pictures to test on, `draws` of each test photograph."""
     rng = np.random.default_rng(3)
-    photos = photographs("test", folder).values()
+    photos = tested_on(folder).values()
     J = contents(photos, side, draws * len(photos), rng)
     a = AMOUNTS[task.amounts](fields(len(J), side, task.K, rng))
     return tokens(task, J, a, rng), J, a
@@ -116,7 +122,7 @@ def psnr(y, J):
 
 # ---- learning --------------------------------------------------------------------------------------------------------
 
-def teach(task, config, rate=0.03, steps=2000, seed=0, batch=4):
+def teach(task, config, steps, seed=0, rate=0.03, batch=4):
     """One layer alone, trained for so many steps on so many pictures each -> its parameters."""
     (crops, amounts), adapter, rng = bank(task), family(config), np.random.default_rng([seed, 2])
     p = Params(adapter.shapes(task.K + LIFT.shape[1], config))
@@ -135,9 +141,9 @@ def teach(task, config, rate=0.03, steps=2000, seed=0, batch=4):
     return p
 
 
-def trial(task, config, rate=0.03, steps=2000, seed=0, folder=None):
+def trial(task, config, steps, folder):
     """A layer taught, and its PSNR on every test picture."""
-    p = teach(task, config, rate, steps, seed)
+    p = teach(task, config, steps)
     x, J, _ = pictures(task, folder)
     return p, psnr(family(config).forward(x, p, config)[0], J)
 
@@ -178,10 +184,11 @@ def theory(task, x, J, a):
 
 # ---- what is printed and drawn ---------------------------------------------------------------------------------------
 
-def trials(jobs, folder):
-    """The result of `trial` for each job, a tuple of its arguments, computed side by side under a progress bar."""
+def trials(tasks, steps, folder):
+    """(task's name, model) -> the result of its `trial`, computed side by side under a progress bar."""
+    jobs = list(product(tasks, MODELS))
     with pool(os.cpu_count()) as executor, tqdm(total=len(jobs), desc="teaching", unit="layer", disable=None) as bar:
-        running = {executor.submit(trial, *job, folder): job for job in jobs}
+        running = {executor.submit(trial, tasks[name], MODELS[model], steps, folder): (name, model) for name, model in jobs}
         for future in as_completed(running):
             bar.set_postfix_str(f"last {future.result()[1].mean():.2f} dB")
             bar.update()
@@ -192,14 +199,13 @@ def publish(folder=None, out="mechanism.png", steps=2000):
     """Teach every model both tasks, print the table, draw the picture. folder: of photographs to test on, see `photographs`."""
     tasks = {name: TASKS[name] for name in ("regions", "lamps")}
     tested = {name: pictures(task, folder) for name, task in tasks.items()}     # first: a bad folder is refused at once
-    jobs = {(name, model): (task, config, 0.03, steps, 0) for name, task in tasks.items() for model, config in MODELS.items()}
-    results = trials(list(jobs.values()), folder)
+    results = trials(tasks, steps, folder)
     table, parameters = defaultdict(list), {}
     for name, task in tasks.items():
         x, J, a = tested[name]
         table["degraded"].append(psnr(x, J))
         for model in MODELS:
-            p, found = results[jobs[name, model]]
+            p, found = results[name, model]
             table[model].append(found)
             parameters[model] = p.flat.size
         p, config = by_hand(task)
@@ -209,16 +215,17 @@ def publish(folder=None, out="mechanism.png", steps=2000):
     for model, columns in table.items():
         print(f"{model:24s} {parameters.get(model, ''):>6} parameters" if model in parameters else f"{model:42s}",
               *(f"{column.mean():8.2f} ({column.min():5.2f})" for column in columns))
-    draw(tasks, folder, {key: results[job][0] for key, job in jobs.items()}, out)
+    draw(tasks, folder, {key: p for key, (p, _) in results.items()}, out)
     print(f"{machine()}; the picture is {out}")
 
 
 def draw(tasks, folder, taught, path, rows=4, side=128):
     """Photographs under each task: degraded, what the layers in SHOWN make of them, true."""
-    columns = ("degraded", *SHOWN, "true")
+    columns, photos = ("degraded", *SHOWN, "true"), len(tested_on(folder))
+    rows = min(rows, photos)
     figure = Figure((1.15 * len(columns) * len(tasks), 1.25 * rows + 0.3), layout="constrained")
     for block, (name, task) in zip(figure.subfigures(1, len(tasks)), tasks.items()):
-        x, J, _ = (part[::max(1, len(part) // rows)][:rows] for part in pictures(task, folder, side, 1))
+        x, J, _ = (part[::2 * (photos // rows)][:rows] for part in pictures(task, folder, side, 2))     # two of a photograph
         shown = [color(x), *(color(family(MODELS[m]).forward(x, taught[name, m], MODELS[m])[0]) for m in SHOWN), J]
         block.suptitle(name, fontsize=9)
         for i, line in enumerate(block.subplots(len(x), len(columns), squeeze=False)):
