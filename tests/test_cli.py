@@ -12,11 +12,12 @@ import pytest
 from tinycea import cases, cea, cli, params, restoration, training
 from tinycea.degradations import DEGRADATIONS, SUITES
 from tinycea.images import read_image, write_image
-from tinycea.nafnet import NAFNetConfig
+from tinycea.nafnet import NAFNetConfig, init
 from tinycea.ops import BACKENDS
 from tinycea.restoration import demo, restore, restore_files
+from tinycea.runtime import InputError
 from tinycea.scenes import photographs
-from tinycea.zoo import ADAPTERS, WEIGHTS, load_model, save_model
+from tinycea.zoo import ADAPTERS, WEIGHTS, Model, load_model, save_model
 
 
 def fails(capsys, *arguments):
@@ -243,6 +244,37 @@ def test_too_large_for_memory_is_one_sentence_and_the_others_are_restored(capsys
     assert cli.main(["restore", str(photo), str(tmp_path / "z.png"), "-o", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "photo.png: too large" in err and err.count("\n") == 1 and (tmp_path / "out" / "z.png").exists()
+
+
+@pytest.mark.parametrize("length, most", [(40, 256), (400, 256), (257, 256), (1000, 448), (449, 448), (5000, 256)])
+def test_windows_cover_everything_once(length, most):
+    total, found = np.zeros(length), restoration.windows(length, most)
+    for start, weights in found:
+        assert len(weights) <= most and start + len(weights) <= length
+        total[start:start + len(weights)] += weights
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert len(restoration.windows(length, 0)) == 1
+    for (a, first), (b, second) in zip(found, found[1:]):                 # a window's inner border counts nothing, and no jump
+        assert a < b and first[-1] == second[0] == 0 and max(abs(np.diff(first)).max(), abs(np.diff(second)).max()) < 0.06
+
+
+def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
+    config = NAFNetConfig(width=4, middle=1, sca=False, adapter=None)
+    model = Model(init(config, np.random.default_rng(0)), config)
+    rng = np.random.default_rng(1)
+    for value in model.p.values():
+        value += rng.normal(0, 0.1, value.shape)
+    image = rng.random((270, 310, 3), np.float32)
+    whole, one, two = restore(image, model, 0), restore(image, model, 256, 1), restore(image, model, 256, 2)
+    assert np.abs(whole - one).max() < 1e-5 < np.abs(whole - image).max() and one.tobytes() == two.tobytes()
+    pixels = np.rint(255 * image[..., 0]).astype("uint8")
+    assert np.abs(restore(pixels, model, 0).astype(int) - restore(pixels, model, 256)).max() <= 1
+
+
+@pytest.mark.parametrize("window", [-1, 255, 256.0, None])
+def test_a_window_that_is_none_is_refused(window):
+    with pytest.raises(InputError, match="window is"):
+        restore(np.zeros((5, 5)), window=window)
 
 
 def test_ctrl_c_says_so(capsys, photo, monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
 """Image files of every kind, whole, odd and hostile; arrays of every kind through one function."""
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 import tinycea
 from tinycea import images
-from tinycea.images import folder, list_images, on_rgb, read_image, rgb, write_image
+from tinycea.images import as_rgb, folder, like, list_images, read_image, read_pixels, rgb, write_image
 from tinycea.runtime import InputError
 
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
@@ -122,6 +124,54 @@ def test_hostile_files_get_one_sentence(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value), name
 
 
+def test_16_bit_tiffs_are_right_or_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "white.tif", 65535 - DEEP[..., 0], photometric="miniswhite")
+    assert np.array_equal(read_pixels(tmp_path / "white.tif")[..., 0], DEEP[..., 0])
+    four = np.repeat(DEEP[..., :1], 4, -1)
+    tifffile.imwrite(tmp_path / "cmyk.tif", four, photometric="separated")
+    tifffile.imwrite(tmp_path / "lab.tif", DEEP[..., :3], photometric="cielab")
+    tifffile.imwrite(tmp_path / "volume.tif", np.zeros((4, 16, 16, 3), np.uint16), photometric="rgb", volumetric=True)
+    for name in ("cmyk", "lab", "volume"):
+        with pytest.raises(InputError, match=f"{name}.tif: a TIFF of 16 bits that is neither"):
+            read_image(tmp_path / f"{name}.tif")
+
+
+def huge(path, n=20_000):
+    """A PNG and a TIFF of a few hundred bytes that declare n x n pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", n, n, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")
+    (path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks))
+    tifffile.imwrite(path / "huge.tif", DEEP[:8, :8, 0])
+    data = (path / "huge.tif").read_bytes()
+    for tag in (256, 257):                                                  # ImageWidth and ImageLength, shorts or longs
+        at = data.index(struct.pack("<H", tag), 8)
+        data = data[:at + 2] + struct.pack("<HII", 4, 1, n) + data[at + 12:]
+    (path / "huge.tif").write_bytes(data)
+
+
+def test_what_is_too_large_is_refused_before_it_takes_memory(tmp_path):
+    huge(tmp_path)
+    for name in ("huge.png", "huge.tif"):
+        tracemalloc.start()
+        with pytest.raises(InputError, match=f"{name}: 20000 x 20000 pixels; at most 128 megapixels are read"):
+            read_image(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
+    Image.fromarray(COLOR).save(tmp_path / "small.png")
+    with pytest.raises(InputError, match="at most 0.0001 megapixels"):
+        read_pixels(tmp_path / "small.png", 1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have a name")
+def test_what_has_no_end_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read .expected a regular file"):
+            read_image(tmp_path / name)
+
+
 def test_no_library_talks_over_us(tmp_path):
     names = hostile(tmp_path)
     odd_animation(tmp_path / "odd.png")
@@ -224,11 +274,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_any_array_comes_back_as_it_went(shape, dtype):
     image = rng().integers(0, 256, shape).astype(dtype)
     image = image / np.dtype(dtype).type(255) if dtype.startswith("float") else image
-    seen = []
-    same = on_rgb(image, lambda pixels: (seen.append(pixels), pixels)[1])
+    seen = as_rgb(image)
+    same = like(seen, image)
     assert same.shape == shape and same.dtype == dtype and np.allclose(same, image, atol=1e-3 if dtype == "float16" else 1e-6)
-    assert seen[0].shape == (*shape[:2], 3) and seen[0].dtype == np.float32 and 0 <= seen[0].min() <= seen[0].max() <= 1
-    turned = on_rgb(image, lambda pixels: 1 - pixels)
+    assert seen.shape == (*shape[:2], 3) and seen.dtype == np.float32 and 0 <= seen.min() <= seen.max() <= 1
+    turned = like(1 - seen, image)
     assert turned.dtype == dtype and not np.array_equal(turned, image)
     if shape[-1] in (2, 4):
         np.testing.assert_array_equal(turned[..., -1], image[..., -1])              # alpha is kept

@@ -43,7 +43,7 @@ def parser():
                      "instead of scikit-image's")
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
-    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, or several joined by + (default aio5)")
+    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, or several joined by + (default aio5)")
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
                      "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
@@ -59,7 +59,7 @@ def parser():
 
     sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys "
                   "(45 minutes on two cores by default)")
-    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains (default the first four)")
+    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday (default the first four)")
     sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
@@ -76,12 +76,17 @@ def parser():
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
     sub.add_argument("--weights", type=path, metavar="FILE",
                      help="a model.safetensors of a run (default: the model in the package)")
+    sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of the overlapping windows that a larger "
+                     "photograph is cut into, 0 for none (default 512)")
+    sub.add_argument("--threads", type=count, metavar="N", help="windows restored at a time (default one for each core)")
+    sub.add_argument("--megapixels", type=positive, help="the largest photograph that is read (default 128)")
 
     sub = command(degrade, "degrade a photograph")
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
     sub.add_argument("-o", "--out", type=path, required=True, help="the image file to write, 8-bit RGB")
     sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="one or several joined by +: low, rain, snow, "
-                     "haze, blur (motion or defocus), noise15, noise25, noise50; or patchwork, stains, stains-overlapping")
+                     "haze, blur (motion or defocus), noise15, noise25, noise50, gray-noise, "
+                     "jpeg; or patchwork, stains, stains-overlapping")
     sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
@@ -166,7 +171,7 @@ def compare(args):
 
 def restore(args):
     from .restoration import WEIGHTS, restore_files
-    for target in restore_files(args.photos, args.out, args.weights or WEIGHTS):
+    for target in restore_files(args.photos, args.out, args.weights or WEIGHTS, **given(args, "window", "threads", "megapixels")):
         print(target)
     return 0
 

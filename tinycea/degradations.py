@@ -8,10 +8,11 @@ tuned to the PSNRs of CDD-11's degraded images (lab/calibration.py).
 """
 from functools import lru_cache, wraps
 
+import imageio.v3 as iio
 import numpy as np
 from scipy import ndimage, signal
 
-from .images import on_rgb
+from .images import as_rgb, checked, like
 from .runtime import InputError
 from .scenes import Scene, smooth_field
 
@@ -159,6 +160,20 @@ def defocus(image, rng, strength=1.0):
 
 
 @degradation
+def gray_noise(image, rng, strength=1.0):
+    """I = J + strength N(0, (sigma/255)^2), sigma ~ U(10, 50), equal in all channels: as film has, and gray cameras."""
+    return image + strength * rng.uniform(10, 50) / 255 * rng.standard_normal((*image.shape[:2], 1), np.float32)
+
+
+@degradation
+def jpeg(image, rng, strength=1.0, quality=None):
+    """The image through a JPEG file of so much quality, 1 to 100; if None, 100 - strength U(10, 60), at least 20."""
+    quality = max(20, round(100 - strength * rng.uniform(10, 60))) if quality is None else quality
+    pixels = np.rint(255 * image).astype(np.uint8)
+    return iio.imread(iio.imwrite("<bytes>", pixels, extension=".jpg", quality=quality), extension=".jpg") / np.float32(255)
+
+
+@degradation
 def low(image, rng, strength=1.0, illumination=None):
     """I = J L^(strength (gamma - 1)) + N(0, (strength sigma)^2), gamma ~ U(2,3), sigma ~ U(.03,.08) (CDD-11).
 
@@ -182,9 +197,11 @@ DEGRADATIONS = {
     "blur": lambda scene, rng, strength: (motion, defocus)[rng.integers(2)](scene.image, rng, strength),
     "motion": lambda scene, rng, strength: motion(scene.image, rng, strength),
     "defocus": lambda scene, rng, strength: defocus(scene.image, rng, strength),
+    "gray-noise": lambda scene, rng, strength: gray_noise(scene.image, rng, strength),
     "noise15": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=15),
     "noise25": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=25),
     "noise50": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=50),
+    "jpeg": lambda scene, rng, strength: jpeg(scene.image, rng, strength),
 }
 SUITES = {
     "aio3": ["noise15", "noise25", "noise50", "rain", "haze"],
@@ -193,6 +210,7 @@ SUITES = {
               "low+haze+rain", "low+haze+snow"],
     "patchwork": ["patchwork"],
     "stains": ["stains", "stains-overlapping"],
+    "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"],
 }
 
 
@@ -240,8 +258,9 @@ def patchwork(scene, rng, names=None, strength=1.0):
 def stains(scene, rng, overlapping=False, strength=1.0):
     """(image, amounts) under K = 3 stains of unknown color: I = 1/8 + 3/4 (J + sum_k a_k (t_k + g_k)), cut to [0,1].
 
-    t_k ~ N(0, 0.25^2) per color channel is a stain's tint, another one in every image. g_k is its grain, by which it can be told:
-    a sine of amplitude 0.15 and period 4 pixels along the columns, the rows or the diagonal, the same for all colors.
+    t_k ~ N(0, 0.25^2) per color channel is a stain's tint, another one in every image; from all three the same color is taken
+    away, so that the image keeps its mean color: else nobody could tell it from its stains. g_k is a stain's grain, by which it
+    can be told: a sine of amplitude 0.12 and period 4 pixels along the columns, the rows or the diagonal, the same in all colors.
     amounts a (H,W,K) float32: 1 where the k-th of three smooth random fields is the largest, 0 elsewhere; or, overlapping, half
     the size of each field of unit variance. They grow with the image. The photograph is faded, so that little is cut off.
     strength 0 is J; others lie on the line from J through I. Our choice.
@@ -250,39 +269,42 @@ def stains(scene, rng, overlapping=False, strength=1.0):
     fields = np.stack([ndimage.gaussian_filter(rng.standard_normal(shape), min(shape) / 12, mode="wrap") for _ in range(3)], -1)
     amounts = abs(fields) / (2 * fields.std()) if overlapping else fields.argmax(-1)[..., None] == np.arange(3)
     amounts, tints = amounts.astype(np.float32), rng.normal(0, 0.25, (3, 3)).astype(np.float32)
+    tints -= np.average(tints, 0, amounts.mean((0, 1)))
     y, x = np.indices(shape)
-    grain = 0.15 * np.sin(np.pi / 2 * np.stack((y, x, x + y), -1)).astype(np.float32)
+    grain = 0.12 * np.sin(np.pi / 2 * np.stack((y, x, x + y), -1)).astype(np.float32)
     stained = 0.125 + 0.75 * (scene.image + amounts @ tints + (amounts * grain).sum(-1, keepdims=True))
     return np.clip(scene.image + strength * (stained - scene.image), 0, 1).astype(np.float32), amounts
 
 
 # Entries of a suite that are no composition: each takes (scene, rng, strength) and gives (image, masks, ...).
-WITH_MASKS = {"patchwork": lambda scene, rng, strength: patchwork(scene, rng, strength=strength),
-              "stains": lambda scene, rng, strength: stains(scene, rng, False, strength),
-              "stains-overlapping": lambda scene, rng, strength: stains(scene, rng, True, strength)}
+ALONE = {"clean": lambda scene, rng, strength: (scene.image.copy(), None),
+         "patchwork": lambda scene, rng, strength: patchwork(scene, rng, strength=strength),
+         "stains": lambda scene, rng, strength: stains(scene, rng, False, strength),
+         "stains-overlapping": lambda scene, rng, strength: stains(scene, rng, True, strength)}
 
 
 def check_entry(entry):
     """InputError unless `apply` knows this entry."""
-    if entry not in WITH_MASKS:
+    if entry not in ALONE:
         _ordered(entry.split("+"))
 
 
 def apply(scene, entry, rng, strength=1.0):
-    """The degraded image of a scene for one entry of a suite: one of WITH_MASKS, or a degradation or several joined by "+"."""
-    if entry in WITH_MASKS:
-        return WITH_MASKS[entry](scene, rng, strength)[0]
+    """The degraded image of a scene for one entry of a suite: one of ALONE, or a degradation or several joined by "+"."""
+    if entry in ALONE:
+        return ALONE[entry](scene, rng, strength)[0]
     return compose(scene, entry.split("+"), rng, strength)
 
 
 def degrade(image: np.ndarray, names: str, seed: int = 0, strength: float = 1.0) -> np.ndarray:
     """An image degraded by `names`: an entry of a suite, such as "haze+rain" or "stains". The same seed gives the same result.
 
-    image: uint8, uint16 or float in [0,1], gray or color, with or without alpha, as `images.on_rgb`; the result is of the
+    image: uint8, uint16 or float in [0,1], gray or color, with or without alpha, as `images.checked`; the result is of the
     same kind. InputError for anything else, and for an unknown or repeated name.
     """
     rng = np.random.default_rng(seed)
-    return on_rgb(image, lambda pixels: apply(Scene(pixels), names, rng, strength))
+    image = checked(image)
+    return like(apply(Scene(as_rgb(image)), names, rng, strength), image)
 
 
 def suite(name):

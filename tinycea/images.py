@@ -7,10 +7,12 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import PIL.Image
 import tifffile
 
-from .runtime import InputError, atomic
+from .runtime import InputError, atomic, read_bytes
 
+MEGAPIXELS = 128                              # of a file that is read without being told to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 logging.getLogger("tifffile").addHandler(logging.NullHandler())     # a broken file is told of once, by our InputError
 
@@ -18,35 +20,60 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())     # a broken f
 def read_image(path):
     """(pixels, dtype): float32 (H,W,C) in [0,1], C = 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA; and the file's uint8 or uint16.
 
+    As `read_pixels`, and so are the errors.
+    """
+    pixels = read_pixels(path)
+    return pixels / np.float32(np.iinfo(pixels.dtype).max), pixels.dtype
+
+
+def read_pixels(path, megapixels=MEGAPIXELS):
+    """The pixels (H,W,C) of an image file as it holds them, uint8 or uint16, C as in `read_image`.
+
     PNG, JPEG, TIFF and whatever else Pillow reads. The EXIF orientation is obeyed; palettes and CMYK become RGB, one bit
     becomes gray; of several pages the first is read. 16 bits are kept from gray PNG and from TIFF; Pillow reads color PNG at 8.
-    Raises InputError for a missing, damaged or foreign file, and for pixels of 32 bits or floats.
+    Raises InputError for a missing, damaged or foreign file, for more megapixels than so many, before they take any memory,
+    for pixels of 32 bits or floats, and for what would be misread: a volume, or 16 bits of anything but gray and RGB.
     """
+    data, limit = read_bytes(path), PIL.Image.MAX_IMAGE_PIXELS
     try:
-        data = Path(path).read_bytes()
+        PIL.Image.MAX_IMAGE_PIXELS = None           # the limit is ours
         with warnings.catch_warnings(action="ignore"):
-            pixels = _decode(data)
-    except Exception as error:                      # decoders raise anything on foreign bytes
-        reason = getattr(error, "strerror", None) or "damaged, or of a kind not read"
-        raise InputError(f"{path}: not a readable image ({reason})") from None
+            pixels = _decode(data, megapixels)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception:                               # decoders raise anything on foreign bytes
+        raise InputError(f"{path}: not a readable image (damaged, or of a kind not read)") from None
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
     if pixels.dtype not in (np.uint8, np.uint16):
         raise InputError(f"{path}: pixels are {pixels.dtype}; expected 8- or 16-bit integers")
-    return pixels.reshape(*pixels.shape[:2], -1) / np.float32(np.iinfo(pixels.dtype).max), pixels.dtype
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _decode(data):
+def _decode(data, megapixels):
     """The first page, (H,W) or (H,W,C), of an encoded file: by Pillow, but 16-bit color, which that cuts to 8, by tifffile."""
     if data[:2] in (b"II", b"MM"):
         page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
-        if page.dtype == np.uint16 and page.samplesperpixel > 1:
+        if page.dtype == np.uint16 and (page.samplesperpixel > 1 or page.photometric != 1):
+            _check_size(page.imagelength, page.imagewidth, megapixels)
+            if page.photometric not in (0, 1, 2) or page.imagedepth > 1:
+                raise InputError("a TIFF of 16 bits that is neither gray nor RGB, or a volume")
             pixels = page.asarray() if page.planarconfig == 1 else np.moveaxis(page.asarray(), 0, -1)   # else plane after plane
+            pixels = 65535 - pixels if page.photometric == 0 else pixels                                # 0 is white
             turn = page.tags.valueof(274, 1)                    # Orientation: 1 upright, the others mirrored, turned or both
             pixels = pixels.swapaxes(0, 1) if turn > 4 else pixels
             return pixels[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
-    meta = iio.immeta(data, plugin="pillow", index=0)
-    palette = "RGBA" if "transparency" in meta else "RGB"
-    mode = {"1": "L", "P": palette, "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB"}.get(meta["mode"])
-    return iio.imread(data, plugin="pillow", index=0, rotate=True, mode=mode)
+    with iio.imopen(data, "r", plugin="pillow") as file:
+        _check_size(*file.properties(index=0).shape[:2], megapixels)
+        meta = file.metadata(index=0)
+        palette = "RGBA" if "transparency" in meta else "RGB"
+        mode = {"1": "L", "P": palette, "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB"}.get(meta["mode"])
+        return file.read(index=0, rotate=True, mode=mode)
+
+
+def _check_size(height, width, megapixels):
+    if height * width > megapixels * 1e6:
+        raise InputError(f"{width} x {height} pixels; at most {megapixels} megapixels are read")
 
 
 def rgb(pixels):
@@ -55,7 +82,7 @@ def rgb(pixels):
 
 
 def write_image(path, pixels, dtype=np.uint8):
-    """Write (H,W) or (H,W,C) in [0,1], C as in read_image, clipped and rounded to dtype, as PNG, JPEG or TIFF by its suffix.
+    """Write (H,W) or (H,W,C), C as in read_image, in [0,1] or integers of all their range, as PNG, JPEG or TIFF by its suffix.
 
     uint16 is kept by TIFF and gray PNG, else 8 bits are written; JPEG has quality 95 and no alpha. The file appears whole or
     not at all. Raises InputError for another suffix or dtype, odd or non-finite pixels, a place that cannot be written to.
@@ -73,9 +100,11 @@ def write_image(path, pixels, dtype=np.uint8):
                "extrasamples": [] if channels % 2 else ["unassalpha"]}
     elif suffix != ".png" or channels > 1:
         dtype = np.dtype(np.uint8)
-    whole = np.rint(np.clip(pixels, 0, 1) * np.iinfo(dtype).max).astype(dtype)
+    if pixels.dtype != dtype:
+        scale = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
+        pixels = np.rint(np.clip(pixels / scale, 0, 1) * np.iinfo(dtype).max).astype(dtype)
     with atomic(path) as temporary:
-        iio.imwrite(temporary, whole if channels > 1 else whole[..., 0], extension=suffix, **how)
+        iio.imwrite(temporary, pixels if channels > 1 else pixels[..., 0], extension=suffix, **how)
 
 
 def list_images(paths):
@@ -102,23 +131,28 @@ def folder(path):
         raise InputError(f"{path}: no readable image in this folder")
 
 
-def on_rgb(image, function):
-    """function, which takes and gives (H,W,3) float32 in [0,1], on an array of any kind; its result is of the same kind.
-
-    image: uint8, uint16, or float in [0,1], of shape (H,W) or (H,W,C), C = 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA.
-    Gray stays gray (the mean of the result's channels), alpha is kept. InputError for anything else, and for NaN.
-    """
+def checked(image):
+    """An array that is an image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), C as in `read_image`; else InputError."""
     image = np.asarray(image)
     if image.ndim not in (2, 3) or 0 in image.shape or image.ndim == 3 and image.shape[2] > 4:
         raise InputError(f"image has shape {image.shape}: expected (H,W) or (H,W,C), C from 1 to 4, no side zero")
     if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
         raise InputError(f"image is {image.dtype}: expected uint8, uint16, or floats in [0, 1]")
-    scale = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
-    if scale == 1 and not (image.min() >= 0 and image.max() <= 1):
+    if image.dtype.kind == "f" and not (image.min() >= 0 and image.max() <= 1):
         raise InputError(f"image spans [{image.min():.3g}, {image.max():.3g}]: floats are expected in [0, 1]")
-    pixels = image.reshape(*image.shape[:2], -1) / np.float32(scale)
-    result = function(rgb(pixels).astype(np.float32))
+    return image
+
+
+def as_rgb(image):
+    """An image of any kind, as `checked` lets it through, as (H,W,3) float32 in [0,1]."""
+    scale = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
+    return rgb(image.reshape(*image.shape[:2], -1) / np.float32(scale)).astype(np.float32)
+
+
+def like(result, image):
+    """(H,W,3) in [0,1] as an image of another one's kind: gray if that is gray (the mean of the channels), with its alpha."""
+    scale, pixels = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max, image.reshape(*image.shape[:2], -1)
     if pixels.shape[2] < 3:
         result = result.mean(-1, keepdims=True)
-    result = np.concatenate((result, pixels[..., result.shape[2]:]), -1) * scale
-    return (result if scale == 1 else np.rint(result)).astype(image.dtype).reshape(image.shape)
+    result = result if scale == 1 else np.rint(result * scale)
+    return np.concatenate((result.astype(image.dtype), pixels[..., result.shape[2]:]), -1).reshape(image.shape)

@@ -1,12 +1,15 @@
-"""Restore images with a trained model: arrays, files and folders."""
+"""Restore images with a trained model: arrays, files and folders, in windows that overlap, on all cores."""
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from .degradations import patchwork
 from .evaluation import TEST_SEED
-from .images import SUFFIXES, list_images, on_rgb, read_image, write_image
+from .images import MEGAPIXELS, SUFFIXES, as_rgb, checked, like, list_images, read_pixels, write_image
 from .nafnet import centered
 from .ops import cpu
 from .ops.cpu import keep_memory
@@ -14,15 +17,59 @@ from .runtime import InputError, make_folder
 from .scenes import Scene, photographs
 from .zoo import WEIGHTS, Model, load_model
 
+WINDOW = 512                                  # pixels a side of a window, at most
+OVERLAP, ALIGNED = 64, 16                     # pixels of two windows; where they may start
+BORDER = 12                                   # of a window, counts nothing where another one covers it: it saw zeros outside
 
-def restore(image: np.ndarray, model: Model | None = None) -> np.ndarray:
+
+def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW, threads: int | None = None) -> np.ndarray:
     """The restored image, of the input's shape and type.
 
     image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), gray or color, with or without alpha, any size from 1 x 1 up.
-    model: what `load_model` read; None: the weights in the package. InputError for anything else, and for NaN.
+    model: what `load_model` read; None: the weights in the package. window: an image with longer sides is cut into overlapping
+    windows of at most so many pixels a side, blended linearly; 0: it stays whole. threads: how many restore a window each; None:
+    one for each core. Their number changes no byte. InputError for anything else, and for NaN.
     """
-    model = model or shipped()
-    return on_rgb(image, lambda pixels: restore_rgb(pixels, *model))
+    image, model = checked(image), model or shipped()
+    if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
+        raise InputError(f"window is {window!r}: expected 0 or an integer of at least {4 * OVERLAP}")
+    (height, width), result = image.shape[:2], np.empty_like(image)
+    rows, columns = windows(height, window), windows(width, window)
+    below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
+
+    def restored(y, x, down, right):
+        part = image[y:y + len(down), x:x + len(right)]
+        return restore_rgb(as_rgb(part), *model) * (down[:, None, None] * right[:, None])
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
+            tqdm(total=len(rows) * len(columns), desc="restoring", unit="window", delay=2, leave=False, disable=None) as bar:
+        for (y, down), (end, _) in zip(rows, [*rows[1:], (height, None)]):
+            strip = np.zeros((len(down), width, 3), np.float32)
+            strip[:len(below)] = below
+            for (x, right), part in zip(columns, executor.map(lambda column: restored(y, column[0], down, column[1]), columns)):
+                strip[:, x:x + len(right)] += part
+                bar.update()
+            result[y:end] = like(np.clip(strip[:end - y], 0, 1), image[y:end])
+            below = strip[end - y:]
+    return result
+
+
+def windows(length, most):
+    """[(start, weights), ...]: windows of at most `most` places that cover 0 to length; the weights sum to 1 at every place.
+
+    Starts are multiples of ALIGNED, so that the network's down steps meet the same pixels as in the whole.
+    """
+    if not most or length <= most:
+        return [(0, np.ones(length, np.float32))]
+    n = -(-(length - OVERLAP) // (most - ALIGNED - OVERLAP))
+    starts = [i * (length - OVERLAP) // n // ALIGNED * ALIGNED for i in range(n)]
+    ramp, found = np.clip((np.arange(OVERLAP) + 0.5 - BORDER) / (OVERLAP - 2 * BORDER), 0, 1), []
+    for start, end in zip(starts, [*(start + OVERLAP for start in starts[1:]), length]):
+        weights = np.ones(end - start, np.float32)
+        weights[:OVERLAP] *= ramp if start else 1
+        weights[-OVERLAP:] *= 1 - ramp if end < length else 1
+        found.append((start, weights))
+    return found
 
 
 @cache
@@ -37,8 +84,8 @@ def restore_rgb(image, p, config, ops=cpu):
     return ops.to_host(np.clip(y[0], 0, 1))
 
 
-def restore_files(paths, out, weights=WEIGHTS):
-    """Restore files or folders of images; yields each path written.
+def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, megapixels=MEGAPIXELS):
+    """Restore files or folders of images, see `restore` and `read_pixels`; yields each path written.
 
     One file goes to `out` if that has a suffix; otherwise `out` is a folder, made if need be, and each image keeps its name.
     The result has the input's size, alpha and, where the format can, its bit depth; a gray image stays gray; color profiles and
@@ -65,13 +112,13 @@ def restore_files(paths, out, weights=WEIGHTS):
     failed = []
     for file, target in zip(files, targets):
         try:
-            pixels, dtype = read_image(file)
-            write_image(target, restore(pixels, model), dtype)
+            pixels = read_pixels(file, megapixels)
+            write_image(target, restore(pixels, model, window, threads), pixels.dtype)
             yield target
         except InputError as error:
             failed.append(str(error))
         except MemoryError:
-            failed.append(f"{file}: too large for the memory at hand, about 0.2 GB a megapixel")
+            failed.append(f"{file}: too large for the memory at hand")
     if failed:
         raise InputError(f"not restored: {'; '.join(failed)}")
 

@@ -6,6 +6,7 @@ import platform
 import re
 import secrets
 import signal
+import stat
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +39,18 @@ def atomic(path):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_bytes(path, most=2**30):
+    """The bytes of a regular file of at most so many; InputError for a folder, a device, a pipe, or what cannot be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+                raise InputError(f"{path}: cannot be read (expected a regular file of at most {most >> 20} MB)")
+            return file.read(found.st_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def make_folder(path):
