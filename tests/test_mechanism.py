@@ -74,7 +74,7 @@ def test_stains_follow_their_formula():
     y, x = np.indices((48, 60))
     for k, place in enumerate((y, x, x + y)):                 # in a region: one tint, and the grain along its own direction
         inside = amounts[..., k] == 1
-        flat = image[inside] - 0.125 - 0.75 * (0.5 + 0.15 * np.sin(np.pi / 2 * place[inside])[:, None])
+        flat = image[inside] - 0.125 - 0.75 * (0.5 + 0.12 * np.sin(np.pi / 2 * place[inside])[:, None])
         whole = (image[inside] > 0).all(-1) & (image[inside] < 1).all(-1)
         assert inside.sum() > 50 and whole.any() and np.ptp(flat[whole], 0).max() < 1e-6
 

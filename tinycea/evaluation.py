@@ -35,8 +35,9 @@ def test_set(entries, split="test", view="photographs", draws=None, degrade=appl
 
 
 def psnr(image, clean):
-    """Peak signal-to-noise ratio in dB of images in [0,1]."""
-    return float(peak_signal_noise_ratio(clean, image, data_range=1))
+    """Peak signal-to-noise ratio in dB of images in [0,1]; infinite where they are equal."""
+    with np.errstate(divide="ignore"):
+        return float(peak_signal_noise_ratio(clean, image, data_range=1))
 
 
 def ssim(image, clean):
@@ -65,19 +66,24 @@ def scores(restorer, tests):
 
 
 def table(results):
-    """Rows (dicts), one per degradation, then their average: PSNR and SSIM before and after, means of what `evaluate` yields."""
+    """Rows (dicts), one per degradation, then their average: PSNR and SSIM before and after, means of what `evaluate` yields.
+
+    Last comes what became of "clean" images, if there are any; their psnr_before is None, for infinite.
+    """
     columns = ("psnr_before", "ssim_before", "psnr_after", "ssim_after")
-    entries = list(dict.fromkeys(r["entry"] for r in results))
-    means = [np.mean([r["before"] + r["after"] for r in results if r["entry"] == entry], 0) for entry in entries]
-    return [{"degradation": entry} | dict(zip(columns, map(float, mean)))
-            for entry, mean in zip(entries + ["average"], means + [np.mean(means, 0)])]
+    means = {entry: np.mean([r["before"] + r["after"] for r in results if r["entry"] == entry], 0)
+             for entry in dict.fromkeys(r["entry"] for r in results)}
+    clean = {"clean": means.pop("clean")} if "clean" in means else {}
+    return [{"degradation": entry} | {column: float(x) if np.isfinite(x) else None for column, x in zip(columns, mean)}
+            for entry, mean in (means | {"average": np.mean(list(means.values()), 0)} | clean).items()]
 
 
 def format_table(rows):
     """The rows of `table` as aligned text."""
     lines = [f"{'degradation':16s} {'PSNR before':>11s} {'after':>7s} {'gain':>7s}   {'SSIM before':>11s} {'after':>7s}"]
     for r in rows:
-        gain = r["psnr_after"] - r["psnr_before"]
-        lines.append(f"{r['degradation']:16s} {r['psnr_before']:11.2f} {r['psnr_after']:7.2f} {gain:+7.2f}   "
+        before, after = r["psnr_before"], r["psnr_after"]
+        was, gain = ("inf", "") if before is None else (f"{before:.2f}", f"{after - before:+.2f}")
+        lines.append(f"{r['degradation']:16s} {was:>11s} {after:7.2f} {gain:>7s}   "
                      f"{r['ssim_before']:11.3f} {r['ssim_after']:7.3f}")
     return "\n".join(lines)

@@ -5,22 +5,20 @@ from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
-from tqdm import tqdm
 
 from .degradations import apply, suite
 from .images import folder
 from .runtime import InputError, pool
-from .scenes import Scene, crop, dead_leaves, photographs, pyramid
+from .scenes import Scene, crop, dead_leaves, photographs, pyramid, varied
 
 INIT, SCENES, BATCHES = 1, 2, 3               # the random streams of a run: default_rng([seed, stream, ...])
 LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones at half, a quarter, ...
 
 
 @cache
-def leaves(count, seed, patch):
-    """Scenes of dead leaves to train on, at all sizes: a patch must show part of a scene, or nearly all of it as in use."""
-    return [level for i in tqdm(range(count), desc="dead leaves", leave=False, disable=None)
-            for level in pyramid(dead_leaves(256, np.random.default_rng([seed, SCENES, i])), patch)]
+def leaves(seed, i, patch):
+    """Scene i of dead leaves to train on, at all sizes: a patch must show part of a scene, or nearly all of it as in use."""
+    return pyramid(dead_leaves(256, np.random.default_rng([seed, SCENES, i])), patch)
 
 
 @cache
@@ -34,14 +32,24 @@ def photos(images, patch):
 
 
 def batch(recipe, step):
-    """Degraded and clean patches (B,P,P,3) of one step, half from dead leaves and half from photographs."""
-    kinds = leaves(recipe.scenes, recipe.seed, recipe.patch), photos(recipe.images, recipe.patch)
+    """Degraded and clean patches (B,P,P,3) of one step, half from dead leaves and half from photographs.
+
+    Unless the recipe is nominal, the network shall learn to do no harm: scenes are `varied`, one patch in ten is not degraded
+    at all, the others with a strength of U(0.2, 1.3), and every other gray one as by a gray camera, all channels alike.
+    """
     rng, entries, pairs = np.random.default_rng([recipe.seed, BATCHES, step]), suite(recipe.suite), []
     for i in range(recipe.batch):
-        kind = kinds[i % 2]
-        scene, entry = kind[rng.integers(len(kind))], entries[rng.integers(len(entries))]
-        scene = crop(scene, recipe.patch, rng)
-        pairs.append((apply(scene, entry, rng), scene.image))
+        which = int(rng.integers(recipe.scenes))
+        levels = photos(recipe.images, recipe.patch) if i % 2 else leaves(recipe.seed, which, recipe.patch)
+        scene, entry = levels[rng.integers(len(levels))], entries[rng.integers(len(entries))]
+        scene, strength = crop(scene, recipe.patch, rng), 1
+        if not recipe.nominal:
+            scene, strength = varied(scene, rng), rng.uniform(0.2, 1.3)
+            entry = "clean" if rng.random() < 0.1 else entry
+        degraded = apply(scene, entry, rng, strength)
+        if not recipe.nominal and np.ptp(scene.image, -1).max() == 0 and rng.random() < 0.5:
+            degraded = np.repeat(degraded[..., :1], 3, -1)
+        pairs.append((degraded, scene.image))
     return [np.stack(images) for images in zip(*pairs)]
 
 

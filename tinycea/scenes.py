@@ -87,16 +87,17 @@ def _lay(shape, rng):
     r_min, r_max = rng.uniform(3, 14), max(0.3 * min(shape), 16)
     leaf, disks, bare = np.full(shape, -1), [], np.prod(shape)
     while bare > 1e-3 * leaf.size:
-        (cy, cx), radius = rng.uniform(-r_max, shape + r_max), leaf_radii(1, r_min, r_max, rng)[0]
-        y0, x0 = int(max(cy - radius, 0)), int(max(cx - radius, 0))
-        box = leaf[y0:int(max(cy + radius + 1, 0)), x0:int(max(cx + radius + 1, 0))]
-        if box.size == 0 or box.min() >= 0:
-            continue
-        y, x = np.ogrid[y0:y0 + box.shape[0], x0:x0 + box.shape[1]]
-        seen = ((y - cy) ** 2 + (x - cx) ** 2 <= radius**2) & (box < 0)
-        box[seen] = len(disks)
-        bare -= np.count_nonzero(seen)
-        disks.append((cy, cx, radius))
+        centers, radii = rng.uniform(-r_max, shape + r_max, (64, 2)), leaf_radii(64, r_min, r_max, rng)
+        for (cy, cx), radius in zip(centers.tolist(), radii.tolist()):
+            y0, x0 = int(max(cy - radius, 0)), int(max(cx - radius, 0))
+            box = leaf[y0:int(max(cy + radius + 1, 0)), x0:int(max(cx + radius + 1, 0))]
+            if box.size == 0 or box.min() >= 0:
+                continue
+            y, x = np.ogrid[y0:y0 + box.shape[0], x0:x0 + box.shape[1]]
+            seen = ((y - cy) ** 2 + (x - cx) ** 2 <= radius**2) & (box < 0)
+            box[seen] = len(disks)
+            bare -= np.count_nonzero(seen)
+            disks.append((cy, cx, radius))
     leaf[leaf < 0] = len(disks)
     return leaf, np.array([*disks, (*shape / 2, max(shape))])
 
@@ -133,6 +134,14 @@ def crop(scene, size, rng):
     y, x = (rng.integers(n - size + 1) for n in scene.image.shape[:2])
     turns, step = rng.integers(4), rng.choice((-1, 1))
     return Scene(*(m if m is None else np.rot90(m[y:y + size, x:x + size][:, ::step], turns).copy() for m in scene))
+
+
+def varied(scene, rng):
+    """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray."""
+    image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
+    if rng.random() < 1 / 8:
+        image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
+    return scene._replace(image=image)
 
 
 def photographs(split, images=None):

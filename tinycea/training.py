@@ -27,7 +27,7 @@ from .params import Params, copy_into, load, save
 from .restoration import restore_rgb
 from .runtime import InputError, atomic, interruptible, machine, make_folder, peak_memory, write_json
 from .scenes import Scene, photographs
-from .zoo import ADAPTERS, network, save_model, to_dict
+from .zoo import ADAPTERS, load_model, network, save_model, to_dict
 
 EVERY = 100                                   # steps between two looks at the held-out patches
 SAVE_SECONDS = 30                             # between two states written for resuming
@@ -56,6 +56,9 @@ class Recipe:
     decay: float = 1e-4
     warmup: int = 50                          # steps
     clip: float = 1.0
+    floor: float = 1e-3                       # added to the mean squared error: beyond 30 dB there is little to win
+    nominal: bool = False                     # degradations of nominal strength alone, see `feed.batch`
+    start: str | None = None                  # a model file to start from, of the same network
 
 
 def recipe_for(adapter="cea", **rest):
@@ -80,6 +83,8 @@ def start(recipe, saved=None):
     config, ops = network(recipe.adapter), backend(recipe.backend)
     p = init(config, np.random.default_rng([recipe.seed, INIT]))
     m, v = p.zeros_like().flat, p.zeros_like().flat
+    if recipe.start:
+        copy_into(p, load_model(recipe.start).p, recipe.start)
     if saved is not None:
         copy_into({"w": p.flat, "m": m, "v": v}, saved, "state.safetensors")
     p = on_device(p, ops)
@@ -94,11 +99,11 @@ def on_device(p, ops):
     return p.over(ops.to_device(p.flat))
 
 
-def gradient(degraded, clean, p, config, ops, g):
-    """Loss of one batch (minus PSNR in dB); g is overwritten with its gradient."""
+def gradient(degraded, clean, p, config, ops, g, floor=1e-8):
+    """Loss of one batch (minus PSNR in dB, see `psnr_loss` for its floor); g is overwritten with its gradient."""
     g.flat[:] = 0
     restored, cache = centered(ops.to_device(degraded), p, config, ops)
-    loss, c_loss = ops.psnr_loss(restored, ops.to_device(clean))
+    loss, c_loss = ops.psnr_loss(restored, ops.to_device(clean), floor)
     dloss, _ = ops.psnr_loss_backward(1.0, c_loss)
     centered_backward(dloss, cache, g)
     return float(loss)
@@ -107,7 +112,7 @@ def gradient(degraded, clean, p, config, ops, g):
 def advance(state, degraded, clean, step, recipe):
     """Training step number `step`, from 1 -> learning rate, loss in dB, gradient's norm. InputError unless they are finite."""
     ops = backend(recipe.backend)
-    loss = gradient(degraded, clean, state.p, network(recipe.adapter), ops, state.g)
+    loss = gradient(degraded, clean, state.p, network(recipe.adapter), ops, state.g, recipe.floor)
     norm = clip_by_norm(state.g.flat, recipe.clip)
     if not np.isfinite(loss + norm):
         raise InputError(f"training diverged at step {step}: the loss is {loss}, the gradient's norm {norm}")
@@ -268,7 +273,7 @@ def save_run(out, recipe, progress):
 
 def finish(recipe, p, log, waited, out):
     """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
-    config, ops, entries = network(recipe.adapter), backend(recipe.backend), suite(recipe.suite)
+    config, ops, entries = network(recipe.adapter), backend(recipe.backend), (*suite(recipe.suite), "clean")
     tests = test_set(entries)
     results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
                         total=len(tests), desc="held-out photographs", leave=False, disable=None))
@@ -280,8 +285,9 @@ def finish(recipe, p, log, waited, out):
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(log, out / "curve.png")
     photos = dict.fromkeys(r["photograph"] for r in results)
-    plots.before_after([next(r for r in results if r["photograph"] == photo and r["entry"] == entries[i % len(entries)])
-                        for i, photo in enumerate(photos)], out / "before_after.png")
+    shown = [(photo, entries[i % (len(entries) - 1)]) for i, photo in enumerate(photos)] + [(next(reversed(photos)), "clean")]
+    plots.before_after([next(r for r in results if (r["photograph"], r["entry"]) == which) for which in shown],
+                       out / "before_after.png")
     if config.adapted() and isinstance(config.adapter, CEAConfig):
         plots.routing(*affinity_maps(p, config, ops), out / "routing.png")
     write_json(out / "result.json", result)

@@ -30,7 +30,8 @@ ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=No
 def network(name):
     """The network called `name`: one of ADAPTERS, with options of its adapter or of NAFNetConfig as in "cea:rank=16,sca=false".
 
-    slots are joined by +, as in "cea:slots=encoders.0+middle_blks". InputError for an unknown name, option or value.
+    Several values are joined by +, as in "cea:slots=encoders.0+middle_blks" or "cea:encoders=1+1,decoders=1+1". InputError for an
+    unknown name, option or value.
     """
     name, _, options = name.partition(":")
     if name not in ADAPTERS:
@@ -42,7 +43,8 @@ def network(name):
         key, _, text = option.partition("=")
         if key not in own + whole or key == "adapter":
             raise InputError(f"unknown option {option!r} of adapter {name}: choose among {', '.join(own + whole)}")
-        given["adapter" if key in own else "network"][key] = tuple(text.split("+")) if key == "slots" else _literal(text)
+        value = tuple(map(_literal, text.split("+"))) if key in ("slots", "encoders", "decoders") else _literal(text)
+        given["adapter" if key in own else "network"][key] = value
     adapter = config.adapter and replace(config.adapter, **given["adapter"])
     return replace(config, adapter=adapter, **given["network"])
 
