@@ -2,7 +2,8 @@
 # Makes data/results: the comparison that data/README.md quotes, the choices before it and the questions after it. Hours on two
 # cores; what runs/ already holds is not trained again, so it may be stopped and started at will.
 #
-# Not made here: data/results/beyond. Its runs know switches that were given up. The patches that added them are deleted; git
+# Not made here: questions.txt and ranks.txt, of the layer's first form (tinycea/lab of commit 8a64336).
+# Nor data/results/beyond. Its runs know switches that were given up. The patches that added them are deleted; git
 # history holds them (git log -- data/results/beyond). switches.patch goes on top of commit f2c693b; its raw=true is now tokens=X.
 # windows.patch goes on top of commit a57b6bb; with it windows.* came from: tinycea compare --split validation --suites aio5
 # patchwork --seeds 2 --adapters cea cea:window=6 cea:window=4 cea:gates=true --out runs/windows
@@ -27,8 +28,6 @@ publish headline without-sca --suites aio5 patchwork --adapters $bare
 cp runs/headline/cost.png data/results/headline/without-sca-cost.png
 publish headline tokens --adapters $rivals cea cea:tokens=X
 publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
-python -m tinycea.lab.questions runs/headline > runs/questions.txt && cp runs/questions.txt data/results/
-python -m tinycea.lab.ranks runs/headline > runs/ranks.txt && cp runs/ranks.txt data/results/headline/
 tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline \
     > data/results/length/aio5-seed0.txt
 cp runs/headline/steps.png data/results/length/aio5-seed0.png
@@ -42,4 +41,3 @@ publish ablation tokens --split validation --suites aio5 patchwork --adapters wi
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0
-python -m tinycea.lab.ranks runs/ablation > runs/ranks.txt && cp runs/ranks.txt data/results/ablation/

@@ -1,0 +1,101 @@
+"""Does a restorer do harm? Every degradation, and none, on a hundred photographs: the mean gain, the worst, how many lost.
+
+    python -m tinycea.lab.harm FOLDER [--split validation] [--weights FILE] [--photos N] [--classical]
+
+FOLDER is the 200 test images of BSDS500: the first hundred by name choose (validation), the last hundred test. --classical adds
+non-local means, told the noise, with the best of five strengths for each row; and BM3D, told it too, where `bm3d` is installed.
+"""
+import argparse
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+from skimage.restoration import denoise_nl_means
+from tqdm import tqdm
+
+from ..degradations import apply, jpeg, noise, suite
+from ..evaluation import TEST_SEED, psnr
+from ..restoration import restore
+from ..runtime import machine, pool
+from ..scenes import Scene, photographs
+from ..zoo import WEIGHTS, load_model
+
+STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)         # of non-local means, times sigma
+
+
+def gray(image):
+    return np.repeat(image.mean(-1, keepdims=True), 3, -1)
+
+
+def gray_noise(image, rng):
+    """A gray photograph, noise of 25/255 equal in all channels, cut to 8 bits."""
+    return gray(noise(gray(image), rng, sigma=25)[..., :1])
+
+
+ROWS = {"clean": lambda image, rng: image,
+        "jpeg, quality 90": lambda image, rng: jpeg(image, rng, quality=90),
+        "jpeg, quality 40": lambda image, rng: jpeg(image, rng, quality=40)} | {
+    entry: lambda image, rng, entry=entry: apply(Scene(image), entry, rng)
+    for entry in dict.fromkeys(("noise15", "noise25", "noise50", *suite("everyday+cdd11+patchwork"))) if entry != "jpeg"} | {
+    "gray photograph, noise 25": gray_noise}
+SIGMAS = {"noise15": 15, "noise25": 25, "noise50": 50, "gray photograph, noise 25": 25}
+
+
+@cache
+def known(folder, split, weights):
+    """The photographs and the model, read once in each process."""
+    return list(photographs(split, folder).values()), load_model(weights)
+
+
+def judged(folder, split, weights, classical, i):
+    """Row -> PSNR in dB of photograph i: degraded, restored, and of classical restorers by name."""
+    photos, model = known(folder, split, weights)
+    found = {}
+    for row, degrade in ROWS.items():
+        image = degrade(photos[i], np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
+        clean = gray(photos[i]) if "gray photograph" in row else photos[i]
+        rivals = {}
+        if classical and row in SIGMAS:
+            sigma = SIGMAS[row] / 255
+            for s in STRENGTHS:
+                rivals["non-local means", s] = denoise_nl_means(image, 5, 6, s * sigma, sigma=sigma, channel_axis=-1)
+            if find_spec("bm3d"):
+                import bm3d
+                rivals["BM3D", 1] = bm3d.bm3d_rgb(image, sigma)
+        found[row] = {key: psnr(np.clip(y, 0, 1), clean)
+                      for key, y in ({"degraded": image, "restored": restore(image, model)} | rivals).items()}
+    return found
+
+
+def table(results):
+    """Lines of text: for each row the means, the worst gain, the share of photographs that got worse."""
+    yield f"{'PSNR in dB':28s} {'degraded':>9s} {'restored':>9s} {'gain':>7s} {'worst':>7s} {'lost':>5s}   classical"
+    for row in ROWS:
+        values = {key: np.array([found[row][key] for found in results]) for key in results[0][row]}
+        before, after = values.pop("degraded"), values.pop("restored")
+        if row == "clean":
+            yield f"{row:28s} {'':9s} {after.mean():9.2f} {'':7s} {after.min():7.2f}         (the worst photograph's PSNR)"
+            continue
+        gain, best = after - before, {}
+        for (name, strength), column in values.items():
+            best[name] = max(best.get(name, (0, 0)), (column.mean(), strength))
+        yield (f"{row:28s} {before.mean():9.2f} {after.mean():9.2f} {gain.mean():+7.2f} {gain.min():+7.2f} "
+               f"{np.mean(gain < 0):5.0%}   "
+               + ", ".join(f"{name} {mean:.2f} (strength {strength})" for name, (mean, strength) in best.items()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--weights", default=str(WEIGHTS))
+    parser.add_argument("--photos", type=int, help="the first N alone")
+    parser.add_argument("--classical", action="store_true")
+    args = parser.parse_args()
+    count = len(known(args.folder, args.split, args.weights)[0][:args.photos])
+    with pool(os.cpu_count()) as executor:
+        jobs = [executor.submit(judged, args.folder, args.split, args.weights, args.classical, i) for i in range(count)]
+        results = [job.result() for job in tqdm(jobs, desc="photographs", disable=None)]
+    print("\n".join(table(results)))
+    print(f"{count} photographs of the {args.split} split, whole, seed {TEST_SEED}; {machine()}")
