@@ -117,7 +117,7 @@ show_photographs(figure)
 # ([`Params`](../tinycea/params.py)). The gradient is a second array of the same layout.
 
 # %%
-recipe = training.Recipe(steps=200, scenes=8)
+recipe = training.Recipe(steps=200, scenes=8, chunks=1)
 suite = degradations.suite(recipe.suite)
 degraded, clean = feed.batch(recipe, step=0)
 print(f"one batch: {degraded.shape}, degraded as one of {', '.join(suite)}")
@@ -406,7 +406,7 @@ assert last > first + 0.5
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    result = training.train(Path(folder) / "run", steps=recipe.steps, scenes=recipe.scenes)
+    result = training.train(Path(folder) / "run", steps=recipe.steps, scenes=recipe.scenes, chunks=1)
     library, _ = zoo.load_model(Path(folder) / "run" / "model.safetensors")
 assert np.array_equal(library.flat, p.flat)
 print(f"{np.count_nonzero(library.flat == p.flat)} of {p.flat.size} parameters have the same bits")

@@ -83,9 +83,10 @@ def same_model(a, b):
 
 @pytest.mark.slow
 def test_same_seed_same_bytes_and_another_seed_another_model(whole, tmp_path):
-    for name, recipe in (("again", TINY), ("other", replace(TINY, seed=1))):
-        train(recipe, tmp_path / name)
-    assert same_model(tmp_path / "again", whole) and not same_model(tmp_path / "other", whole)
+    for name, recipe, threads in (("again", TINY, 1), ("threads", TINY, 3), ("other", replace(TINY, seed=1), None)):
+        train(recipe, tmp_path / name, threads=threads)
+    assert same_model(tmp_path / "again", whole) and same_model(tmp_path / "threads", whole)
+    assert not same_model(tmp_path / "other", whole)
     same_log(tmp_path / "again", whole)
 
 
@@ -109,7 +110,7 @@ def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypa
 
     def gradient(*arguments):
         steps.append(0)
-        if len(steps) > 3:
+        if len(steps) > 3 * TINY.chunks:
             raise RuntimeError("crash")
         return right(*arguments)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
@@ -269,7 +270,7 @@ def test_the_schedule_is_a_line_then_half_a_cosine():
 def test_minutes_become_steps_by_a_clock(monkeypatch):
     ticks = iter(np.arange(0, 100, 0.25))                     # a step takes one tick of a quarter of a second
     monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))
-    assert job.steps_in(0.5, TINY) == 120
+    assert job.steps_in(0.5, TINY, 1) == 120
 
 
 def test_the_table_averages_photographs_then_degradations():

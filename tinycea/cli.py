@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from . import __version__
-from .runtime import InputError
+from .runtime import InputError, ranks
 
 # Before NumPy is imported: small products gain nothing from a second BLAS thread, which spins if another process wants its core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -54,6 +54,7 @@ def parser():
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
     sub.add_argument("--images", type=path, metavar="DIR",
                      help="a folder of your photographs to train on instead of scikit-image's")
+    sub.add_argument("--threads", type=count, metavar="N", help="chunks of a batch computed at a time (default: cores)")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 
@@ -149,7 +150,7 @@ def train(args):
     options = given(args, "suite", "adapter", "steps", "seed", "backend", "images")
     if args.images:
         options["images"] = str(Path(args.images).resolve())          # the same folder from wherever the run is resumed
-    result = train(args.out, resume=args.resume, minutes=args.minutes, **options)
+    result = train(args.out, resume=args.resume, minutes=args.minutes, threads=args.threads, **options)
     print(format_table(result["rows"]))
     print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "
           "{peak_memory_mb_of_data_process} MB for data; pictures and weights in {folder}".format_map(result))
@@ -225,7 +226,8 @@ def main(argv=None):
         args, unknown = parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unknown argument {unknown[0]}")
-        return args.run(args)
+        with ranks() as acting:
+            return args.run(args) if acting else 0
     except BrokenPipeError:                   # the reader of our output has gone, as in `tinycea gradcheck | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -9,7 +9,7 @@ import signal
 import stat
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -130,6 +130,45 @@ def _prepare(initializer, *arguments):
 def _end_with_parent():
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+# ---- other hands: threads, the ranks of MPI --------------------------------------------------------------------------
+
+RANKS = None                                  # an executor whose workers are the other ranks, where this is rank 0 of several
+
+
+@contextmanager
+def shared(threads):
+    """Within: a function as itertools.starmap, whose calls are shared with the other ranks, or else among so many threads."""
+    def share(function, jobs):
+        given = {i: executor.submit(function, *job) for i, job in enumerate(jobs) if i % hands}
+        return [given[i].result() if i in given else function(*job) for i, job in enumerate(jobs)]
+    if RANKS:
+        executor, hands = RANKS, RANKS.num_workers + 1
+        yield share
+    else:
+        with ThreadPoolExecutor(threads) as executor:
+            hands = threads
+            yield share
+
+
+@contextmanager
+def ranks():
+    """Within: whether this process is the one that acts. Under `mpiexec -n N`, N > 1, the others serve rank 0 until it ends."""
+    global RANKS
+    if int(os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) == 1:
+        yield True
+        return
+    runs_us = "mpi4py.futures" in sys.modules             # as `python -m mpi4py.futures -m tinycea` does, on rank 0 alone
+    try:
+        from mpi4py import futures
+    except ImportError as error:
+        raise InputError(f"several ranks of MPI need the package mpi4py, the extra mpi ({error})") from None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with futures.MPIPoolExecutor() if runs_us else futures.MPICommExecutor() as RANKS:
+        if RANKS:
+            signal.signal(signal.SIGINT, before)
+        yield bool(RANKS)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ Every batch is a pure function of (seed, step), so a run that was interrupted an
 One step followed through the flat buffer, and the loop in ten lines: notebooks/05_training_by_hand.
 """
 import csv
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .ops.cpu import keep_memory
 from .optim import clip_by_norm, decay_mask, warmup_cosine
 from .params import Params, copy_into, load, save
 from .restoration import restore_rgb
-from .runtime import InputError, atomic, interruptible, machine, make_folder, peak_memory, write_json
+from .runtime import InputError, atomic, interruptible, machine, make_folder, peak_memory, shared, write_json
 from .scenes import Scene, photographs
 from .zoo import ADAPTERS, load_model, network, save_model, to_dict
 
@@ -50,6 +51,7 @@ class Recipe:
     images: str | None = None                 # a folder that replaces scikit-image's training photographs
     batch: int = 8
     patch: int = 48                           # pixels a side
+    chunks: int = 2                           # of a batch, computed side by side
     scenes: int = 32                          # dead leaves of 256 x 256
     lr: float = 4e-3
     adapter_lr: float = 0.1                   # times lr, see ADAPTER_LR
@@ -109,15 +111,28 @@ def gradient(degraded, clean, p, config, ops, g, floor=1e-8):
     return float(loss)
 
 
-def advance(state, degraded, clean, step, recipe):
-    """Training step number `step`, from 1 -> learning rate, loss in dB, gradient's norm. InputError unless they are finite."""
-    ops = backend(recipe.backend)
-    loss = gradient(degraded, clean, state.p, network(recipe.adapter), ops, state.g, recipe.floor)
+def chunk_gradient(degraded, clean, p, recipe):
+    """Loss of a chunk of a batch, and its gradient, flat; they may be not finite."""
+    g = p.zeros_like()
+    with np.errstate(all="ignore"):
+        return gradient(degraded, clean, p, network(recipe.adapter), backend(recipe.backend), g, recipe.floor), g.flat
+
+
+def advance(state, degraded, clean, step, recipe, share=starmap):
+    """Training step number `step`, from 1 -> learning rate, loss in dB, gradient's norm. InputError unless they are finite.
+
+    Loss and gradient are means over the chunks of the batch, added in their order, whoever computes them (`share`).
+    """
+    chunks = list(zip(*(np.array_split(images, min(recipe.chunks, len(images))) for images in (degraded, clean))))
+    loss, state.g.flat[:] = 0, 0
+    for (part, _), (l, g) in zip(chunks, share(chunk_gradient, [(*pair, state.p, recipe) for pair in chunks])):
+        loss += l * len(part) / len(degraded)
+        state.g.flat[:] += g * (len(part) / len(degraded))
     norm = clip_by_norm(state.g.flat, recipe.clip)
     if not np.isfinite(loss + norm):
         raise InputError(f"training diverged at step {step}: the loss is {loss}, the gradient's norm {norm}")
     rate = warmup_cosine(step / recipe.steps, min(recipe.warmup / recipe.steps, 0.5), recipe.lr)
-    ops.adamw(state.p.flat, state.g.flat, state.m, state.v, step, rate * state.rates, state.decay)
+    backend(recipe.backend).adamw(state.p.flat, state.g.flat, state.m, state.v, step, rate * state.rates, state.decay)
     return rate, loss, norm
 
 
@@ -135,16 +150,17 @@ class Progress(NamedTuple):
     logs: list[list]
 
 
-def train_together(recipes, batches, progress, held_out=None):
+def train_together(recipes, batches, progress, held_out=None, share=starmap):
     """The training loop: every recipe's step on every batch, written into `progress`; yields the number of steps done after each.
 
     recipes: of one length, seed and suite. held_out: degraded and clean patches looked at every EVERY steps, or None.
+    share: as itertools.starmap; computes the gradients of a batch's chunks.
     """
     configs, ops = [network(recipe.adapter) for recipe in recipes], backend(recipes[0].backend)
     for step, (degraded, clean) in enumerate(batches, len(progress.logs[0]) + 1):
         for recipe, config, state, log in zip(recipes, configs, *progress):
             began = time.perf_counter()
-            numbers = advance(state, degraded, clean, step, recipe)
+            numbers = advance(state, degraded, clean, step, recipe, share)
             seconds = time.perf_counter() - began
             look = held_out and (step % EVERY == 0 or step == recipe.steps)
             log.append((step, *numbers, mean_psnr(*held_out, state.p, config, ops) if look else np.nan, seconds))
@@ -175,24 +191,25 @@ def load_progress(path, recipes):
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 def train(out: str | Path | None = None, *, resume: bool = False, minutes: float | None = None, workers: int = 1,
-          **options) -> dict:
+          threads: int | None = None, **options) -> dict:
     """Train a model and leave the run folder `out` (None: runs/SUITE-ADAPTER-seedN) -> the dict of its result.json.
 
     options: fields of Recipe, as in train(suite="aio5", steps=300). minutes: train for about so long, instead of so many steps.
-    workers: processes that make the batches; their number changes nothing but the time.
+    workers: processes that make the batches. threads: how many compute a chunk of a batch each; None: one for each core. Under
+    mpiexec the ranks do instead. These numbers change nothing but the time.
     Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     if minutes and resume:
         raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
-    recipe = recipe_for(**options)
+    recipe, threads = recipe_for(**options), threads or os.cpu_count()
     out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if resume:
         recipe = resumable(out, options)
     elif any((out / name).exists() for name in FILES):
         raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
     if minutes:
-        recipe = replace(recipe, steps=steps_in(minutes, recipe))
+        recipe = replace(recipe, steps=steps_in(minutes, recipe, threads))
     ops, path, entries = backend(recipe.backend), out / "state.safetensors", suite(recipe.suite)
     keep_memory()
     held_out = [ops.to_device(np.stack(images)) for images in list(zip(*test_set(entries, "validation", "crops", 1)))[2:]]
@@ -201,9 +218,9 @@ def train(out: str | Path | None = None, *, resume: bool = False, minutes: float
     with feed(recipe, len(log), workers) as batches:
         batches, saved = timed(batches, waited), None
         first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
-        with (interruptible() as interrupted,
+        with (interruptible() as interrupted, shared(threads) as share,
               tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
-            for step in train_together([recipe], chain(first, batches), progress, held_out):
+            for step in train_together([recipe], chain(first, batches), progress, held_out, share):
                 if not np.isnan(log[-1][4]):
                     loss = np.mean([row[2] for row in log[-EVERY:]])
                     bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
@@ -239,12 +256,12 @@ def resumable(out, options):
     return recipe
 
 
-def steps_in(minutes, recipe):
+def steps_in(minutes, recipe, threads):
     """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
     recipe = replace(recipe, scenes=1, steps=11)
     progress = load_progress(None, [recipe])
-    with feed(recipe) as batches:
-        for _ in train_together([recipe], batches, progress):
+    with feed(recipe) as batches, shared(threads) as share:
+        for _ in train_together([recipe], batches, progress, share=share):
             pass
     return max(1, round(60 * minutes / float(np.median([row[-1] for row in progress.logs[0][1:]]))))
 
@@ -280,7 +297,7 @@ def finish(recipe, p, log, waited, out):
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
               "seconds": round(sum(row[-1] for row in log), 1), "seconds_waiting_for_data": round(waited, 1),
               "peak_memory_mb": peak_memory(), "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
-              "machine": machine(),
+              "machine": machine(), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
               "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(log, out / "curve.png")

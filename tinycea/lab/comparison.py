@@ -6,11 +6,13 @@ intervals: notebooks/06_does_it_hold.
 """
 import json
 import math
+import os
 import re
 import time
 from collections import defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
@@ -23,6 +25,7 @@ from matplotlib.figure import Figure
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from tqdm import tqdm
 
+from .. import runtime
 from ..degradations import suite
 from ..evaluation import VIEWS, psnr, scores, test_set
 from ..feed import batch
@@ -48,7 +51,7 @@ CLASSICAL = {"total variation": (lambda image, s: denoise_tv_chambolle(image, s,
 
 def grid(suites=SUITES, adapters=HEADLINE, seeds=5, steps=(1000,), rates=(None,), images=None):
     """The Recipes of all combinations; a rate of None is the one that train.ADAPTER_LR holds for the adapter."""
-    return [recipe_for(a, suite=s, seed=seed, steps=n, images=images, nominal=True, floor=1e-8,
+    return [recipe_for(a, suite=s, seed=seed, steps=n, images=images, nominal=True, floor=1e-8, chunks=1,
                        **{} if rate is None else {"adapter_lr": rate})
             for s, n, seed, a, rate in product(suites, steps, range(seeds), adapters, rates)]
 
@@ -95,7 +98,9 @@ def compare(recipes, folder, split="test", jobs=2):
     tasks += ((test_model, recipe, folder, split) for recipe in todo if model_path(recipe, folder).exists())
     tasks += ((train_slice, cell, folder) for cell in cells([r for r in todo if not model_path(r, folder).exists()]))
     steps = {name(task[1]): 0 for task in tasks if task[0] is train_slice}
-    with pool(jobs, keep_memory) as executor, interruptible() as interrupted, open(folder / "runs.jsonl", "a") as file, \
+    jobs = runtime.RANKS.num_workers if runtime.RANKS else jobs
+    with nullcontext(runtime.RANKS) if runtime.RANKS else pool(jobs, keep_memory) as executor, \
+            interruptible() as interrupted, open(folder / "runs.jsonl", "a") as file, \
             tqdm(total=sum(len(task[1]) * task[1][0].steps for task in tasks if task[0] is train_slice),
                  desc="comparing", unit="step", disable=None) as bar:
         for (function, subject, *_), result in work(executor, tasks, jobs, interrupted):
@@ -167,7 +172,8 @@ def test_model(recipe, folder, split):
     return {"recipe": asdict(recipe), "split": split, "parameters": p.flat.size,
             "multiplications_per_pixel": multiplications(config), "milliseconds_per_step": metadata.get("milliseconds_per_step"),
             "psnr": tested(lambda image, entry: restore_rgb(image, p, config), recipe.suite, split),
-            "machine": machine(), "versions": {"tinycea": version("tinycea"), "numpy": np.__version__}}
+            "machine": machine(), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+            "versions": {"tinycea": version("tinycea"), "numpy": np.__version__}}
 
 
 def test_without_network(row, split):

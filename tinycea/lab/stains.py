@@ -23,7 +23,7 @@ from .comparison import cells, finished, grid, interval, model_path, train_slice
 # Rates relative to the network's, chosen on the validation half: 0.1 and 0.3 for CEA, the rivals' own of `tinycea compare`.
 MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "prompt": 0.3, "experts-token": 0.3,
           "cea:norm=token,tokens=Xhat": 0.3, "cea-image": 0.3, "cea-softmax": 0.3, "cea": 0.3}
-BARE = ("none:sca=false", "cea:sca=false")
+BARE = tuple(f"{name}:sca=false" for name in ("none", "wider", "mlp", "descriptor", "prompt", "cea-softmax", "cea"))
 SIDES = (48, 96, 192)
 
 
