@@ -19,7 +19,7 @@ TEXT = {".py", ".md", ".sh", ".cu", ".cuh", ".h", ".cpp", ".toml", ".yml", ".cff
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # A module imports only what stands below it.
 ORDER = ("__main__ cli lab training restoration evaluation feed cases zoo nafnet adapters ablations cea gradcheck degradations "
-         "scenes images plots params optim ops runtime __init__").split()
+         "scenes images plots checkpoints params optim ops runtime __init__").split()
 
 
 def lines_of_code(source):

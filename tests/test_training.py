@@ -266,13 +266,6 @@ def test_the_schedule_is_a_line_then_half_a_cosine():
     np.testing.assert_allclose(rate, [0.75, 1.5, 3.0, 2.0, 1.0])
 
 
-@pytest.mark.slow
-def test_minutes_become_steps_by_a_clock(monkeypatch):
-    ticks = iter(np.arange(0, 100, 0.25))                     # a step takes one tick of a quarter of a second
-    monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))
-    assert job.steps_in(0.5, TINY, 1) == 120
-
-
 def test_the_table_averages_photographs_then_degradations():
     results = [{"entry": entry, "before": (a, b), "after": (c, d)} for entry, a, b, c, d in
                (("rain", 10, 0.1, 20, 0.5), ("rain", 12, 0.3, 26, 0.7), ("haze", 5, 0.6, 7, 0.8))]

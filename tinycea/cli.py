@@ -1,4 +1,4 @@
-"""The command `tinycea`: mechanism, train, compare, restore, degrade, demo, gradcheck, bench.
+"""The command `tinycea`: mechanism, train, compare, restore, evaluate, convert, degrade, demo, gradcheck, bench.
 
 Bad input ends in one sentence and exit status 2.
 """
@@ -29,58 +29,61 @@ def parser():
     path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     top.add_argument("--version", action="version", version=f"tinycea {__version__}")
-    commands = top.add_subparsers(required=True, metavar="mechanism|train|compare|restore|degrade|demo|gradcheck|bench")
+    commands = top.add_subparsers(required=True, metavar="mechanism|train|compare|restore|evaluate|...")
 
     def command(run, description):
         sub = commands.add_parser(run.__name__, help=description, description=description, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = command(mechanism, "what the layer is for: teach one layer alone, and its rivals, to clean photographs under "
-                  "unknown colors; a table and a picture (a minute on two cores)")
+    sub = command(mechanism, "what the layer is for: one layer alone cleans photographs under unknown colors (a minute)")
     sub.add_argument("-o", "--out", type=path, default="mechanism.png", help="the picture, a .png (default mechanism.png)")
-    sub.add_argument("--test", type=path, metavar="DIR", help="a folder of photographs to test on, its last hundred by name, "
-                     "instead of scikit-image's")
+    sub.add_argument("--test", type=path, metavar="DIR", help="test on a folder's last hundred photographs by name instead")
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, or several joined by + (default aio5)")
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
                      "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
-    length = sub.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, help="training steps (default 3000)")
-    length.add_argument("--minutes", type=positive, help="train for about so many minutes: steps are timed first, then fixed")
+    sub.add_argument("--steps", type=count, help="training steps (default 3000)")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
-    sub.add_argument("--images", type=path, metavar="DIR",
-                     help="a folder of your photographs to train on instead of scikit-image's")
+    sub.add_argument("--images", type=path, metavar="DIR", help="a folder of photographs to train on instead of scikit-image's")
     sub.add_argument("--threads", type=count, metavar="N", help="chunks of a batch computed at a time (default: cores)")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 
-    sub = command(compare, "train adapters on the same batches, suites and seeds, test them, and print what each buys "
-                  "(45 minutes on two cores by default)")
+    sub = command(compare, "train adapters on the same batches, test them, and print what each buys (45 minutes by default)")
     sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday (default the first four)")
     sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
-    sub.add_argument("--rates", type=positive, nargs="+",
-                     help="learning rates of the adapters relative to the network's (default: tuned)")
+    sub.add_argument("--rates", type=positive, nargs="+", help="learning rates of the adapters, times the network's")
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="photographs to test on (default test)")
     sub.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes (default one for each core)")
-    sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR",
-                     help="folder of the runs; what it holds is not trained again")
+    sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR", help="what it holds is not trained again")
     sub.add_argument("--quick", action="store_true", help="two adapters, one suite, one seed, 60 steps: a minute")
 
     sub = command(restore, "restore photographs with a trained model")
     sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
-    sub.add_argument("--weights", type=path, metavar="FILE",
-                     help="a model.safetensors of a run (default: the model in the package)")
-    sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of the overlapping windows that a larger "
-                     "photograph is cut into, 0 for none (default 512)")
+    sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model, a NAFNet's .pth or safetensors (default: ours)")
+    sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of overlapping windows, 0 for none (default 512)")
     sub.add_argument("--threads", type=count, metavar="N", help="windows restored at a time (default one for each core)")
     sub.add_argument("--megapixels", type=positive, help="the largest photograph that is read (default 128)")
+
+    sub = command(evaluate, "PSNR and SSIM of degraded images, and of what a model makes of them, against clean ones")
+    sub.add_argument("degraded", type=path, metavar="DEGRADED", help="a folder of images")
+    sub.add_argument("clean", type=path, metavar="CLEAN", help="a folder of clean images; data/README.md: which names pair")
+    sub.add_argument("--weights", type=path, metavar="FILE", help="a model, as restore's: its results are judged as well")
+    sub.add_argument("--luma", action="store_true", help="judge Y of YCbCr (BT.601) instead of RGB")
+    sub.add_argument("--classical", action="store_true", help="non-local means as well, told nothing: it estimates the noise")
+    sub.add_argument("--csv", type=path, metavar="OUT", help="a table of all images")
+
+    sub = command(convert, "write a NAFNet's weights (.pth or safetensors) as tinycea's model.safetensors")
+    sub.add_argument("weights", type=path, metavar="IN")
+    sub.add_argument("-o", "--out", type=path, required=True, help="the model.safetensors to write")
+    sub.add_argument("--local", type=natural, metavar="N", help="average locally (TLC), for training patches of N pixels a side")
 
     sub = command(degrade, "degrade a photograph")
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
@@ -101,8 +104,7 @@ def parser():
     sub = command(bench, "race against the same network in PyTorch, where that is installed (ten minutes)")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--quick", action="store_true", help="a few rows and rounds, in about a minute")
-    sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"),
-                     help="cuda: the kernels, and PyTorch on the same GPU (default cpu)")
+    sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"), help="cuda: the kernels, and PyTorch on the same GPU")
     return top
 
 
@@ -150,7 +152,7 @@ def train(args):
     options = given(args, "suite", "adapter", "steps", "seed", "backend", "images")
     if args.images:
         options["images"] = str(Path(args.images).resolve())          # the same folder from wherever the run is resumed
-    result = train(args.out, resume=args.resume, minutes=args.minutes, threads=args.threads, **options)
+    result = train(args.out, resume=args.resume, threads=args.threads, **options)
     print(format_table(result["rows"]))
     print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "
           "{peak_memory_mb_of_data_process} MB for data; pictures and weights in {folder}".format_map(result))
@@ -177,6 +179,21 @@ def restore(args):
     return 0
 
 
+def evaluate(args):
+    from .lab.pairs import publish
+    publish(args.degraded, args.clean, args.weights, args.luma, args.classical, args.csv)
+    return 0
+
+
+def convert(args):
+    from .restoration import refuse_overwriting
+    from .zoo import load_model, save_model
+    refuse_overwriting(args.weights, args.out)
+    save_model(args.out, *load_model(args.weights, args.local))
+    print(args.out)
+    return 0
+
+
 def degrade(args):
     from .degradations import check_entry, degrade
     from .images import read_image, rgb, write_image
@@ -190,9 +207,8 @@ def degrade(args):
 
 
 def demo(args):
-    from . import plots
-    from .restoration import demo as run
-    plots.demo(*run(), png(args.out))
+    from .lab.demo import publish
+    publish(png(args.out))
     print(args.out)
     return 0
 

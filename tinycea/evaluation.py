@@ -1,5 +1,4 @@
 """The one place of test sets, PSNR, SSIM and the tables made of them."""
-from collections import defaultdict
 from functools import cache
 from itertools import product
 
@@ -55,14 +54,6 @@ def evaluate(restorer, tests):
         restored = np.clip(restorer(degraded, entry), 0, 1)
         yield {"entry": entry, "photograph": photo, "images": (degraded, restored, clean),
                "before": (psnr(degraded, clean), ssim(degraded, clean)), "after": (psnr(restored, clean), ssim(restored, clean))}
-
-
-def scores(restorer, tests):
-    """Mean PSNR in dB over the draws of `test_set`: entry -> photograph -> dB. restorer(image, entry) -> image."""
-    found = defaultdict(lambda: defaultdict(list))
-    for entry, photo, degraded, clean in tests:
-        found[entry][photo].append(psnr(np.clip(restorer(degraded, entry), 0, 1), clean))
-    return {entry: {photo: round(float(np.mean(draws)), 4) for photo, draws in photos.items()} for entry, photos in found.items()}
 
 
 def table(results):

@@ -3,6 +3,7 @@
 With `adapter=None, unshuffle=1` this IS NAFNet. Two choices are ours: `unshuffle=2` feeds 2 x 2 pixels as channels and shuffles
 the result back (FFDNet, Zhang et al. 2018: a quarter of the tokens), and an adapter may follow any stage.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,10 @@ from .ops import cpu
 from .params import Params, accumulate, under
 from .runtime import InputError
 
+LIMITS = {"width": (1, 1024), "encoders": (0, 100), "middle": (0, 100), "decoders": (0, 100), "unshuffle": (1, 8),
+          "local": (0, 2**20)}
+PARAMETERS = 2**28                            # of a network, at most
+
 
 @dataclass(frozen=True)
 class NAFNetConfig:
@@ -23,6 +28,9 @@ class NAFNetConfig:
     unshuffle: 1 (NAFNet) or the factor of the pixel unshuffle. adapter: a configuration of one of `adapters.FAMILIES`, or None.
     slots: stages followed by an adapter ("encoders.0", "middle_blks", ...); None means all.
     sca: whether NAFBlocks keep their channel attention, which is itself an image-wide descriptor.
+    centered: whether `centered` feeds colors in [-1,1], as tinycea trains, or in [0,1], as NAFNet.
+    local: SCA averages over windows of 1.5 times so many pixels instead of the whole image (test-time local converter, TLC, of
+    Chu et al. 2021; forward only): those of the training patches. 0: the whole image.
     """
     width: int = 24
     encoders: tuple = (1,)
@@ -32,16 +40,21 @@ class NAFNetConfig:
     adapter: object = CEAConfig()
     slots: tuple | None = None
     sca: bool = True
+    centered: bool = True
+    local: int = 0
 
     def __post_init__(self):
         if self.adapter is not None and family(self.adapter) is None:
             raise InputError(f"adapter is {self.adapter!r}: expected None or a configuration of {', '.join(FAMILIES)}")
-        if not isinstance(self.sca, bool):
-            raise InputError(f"sca is {self.sca!r}: expected true or false")
-        for name, low in (("width", 1), ("encoders", 0), ("middle", 0), ("decoders", 0), ("unshuffle", 1)):
-            for n in np.atleast_1d(getattr(self, name)).tolist():
-                if not isinstance(n, int) or n < low:
-                    raise InputError(f"{name} is {getattr(self, name)!r}: expected integers of at least {low}")
+        for name in ("sca", "centered"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected true or false")
+        if not isinstance(self.encoders, tuple) or not isinstance(self.decoders, tuple):
+            raise InputError(f"encoders is {self.encoders!r}, decoders {self.decoders!r}: expected blocks per stage, as in 1+1")
+        for name, (low, high) in LIMITS.items():
+            for n in values if isinstance(values := getattr(self, name), tuple) else [values]:
+                if type(n) is not int or not low <= n <= high:
+                    raise InputError(f"{name} is {values!r}: expected integers from {low} to {high}")
         if len(self.encoders) != len(self.decoders):
             raise InputError(f"encoders has {len(self.encoders)} stages and decoders {len(self.decoders)}: expected as many")
         for slot in self.slots or ():
@@ -58,6 +71,11 @@ class NAFNetConfig:
     def adapted(self):
         """Names of the stages that an adapter follows, in the order of the forward pass."""
         return () if self.adapter is None else tuple(s for s in self.stages() if self.slots is None or s in self.slots)
+
+    def window(self, stage):
+        """Places a side that SCA averages over in a stage, 0 for all: 1.5 times the training patch's, at the stage's scale."""
+        side = self.local * self.width // (self.unshuffle * self.stages()[stage][0])
+        return side * (3 * self.local // 2) // self.local if self.local else 0
 
     def multiple(self):
         """Height and width are padded to a multiple of this many pixels."""
@@ -80,7 +98,10 @@ def block_shapes(C, sca=True):
 
 
 def shapes(config):
-    """Names and shapes of the whole network: NAFNet's own names, the adapters below "adapters." and their stage's name."""
+    """Names and shapes of the whole network: NAFNet's own names, the adapters below "adapters." and their stage's name.
+
+    InputError for more than PARAMETERS of them.
+    """
     c, image = config.width, 3 * config.unshuffle**2
     result = _conv("intro", image, c, 3) | _conv("ending", c, image, 3)
     for i in range(len(config.encoders)):
@@ -91,6 +112,8 @@ def shapes(config):
         result |= {f"{name}.{j}.{key}": shape for j in range(blocks) for key, shape in block_shapes(C, config.sca).items()}
         if name in config.adapted():
             result |= {f"adapters.{name}.{key}": shape for key, shape in family(config.adapter).shapes(C, config.adapter).items()}
+    if (count := sum(map(math.prod, result.values()))) > PARAMETERS:
+        raise InputError(f"the network would have {count} parameters: expected at most {PARAMETERS}")
     return result
 
 
@@ -112,18 +135,19 @@ def init(config, rng, dtype=np.float32):
 
 # ---- one block -------------------------------------------------------------------------------------------------------
 
-def nafblock(x, p, ops=cpu, keep=True):
+def nafblock(x, p, ops=cpu, keep=True, local=0):
     """y = x + beta conv3(SCA(SG(conv2(conv1(LN x))))), then y + gamma conv5(SG(conv4(LN y))). x (B,H,W,C) -> (B,H,W,C), cache.
 
     SG is the simple gate, SCA the channel attention: a factor per channel, conv1x1 of the means; none where p has no sca.1.
+    local: the means are of windows of so many places a side, and the block has no backward; 0: of the image.
     """
     caches, layer = _layers(keep)
     u = layer("conv1", ops.norm_conv1x1(x, p["norm1.weight"], p["norm1.bias"], p["conv1.weight"], p["conv1.bias"]))
     u = layer("conv2", ops.gated_depthwise3x3(u, p["conv2.weight"], p["conv2.bias"]))
     if "sca.1.weight" in p:
-        s = layer("pool", ops.global_average_pool(u))
+        s = local_average(u, local) if 0 < local < max(u.shape[1:3]) else layer("pool", ops.global_average_pool(u))
         s = layer("sca.1", ops.conv1x1(s, p["sca.1.weight"], p["sca.1.bias"]))
-        u = layer("sca", ops.scale_channels(u, s))
+        u = layer("sca", ops.scale_channels(u, s)) if s.shape[1:3] == (1, 1) else u * s
     y = x + layer("conv3", scaled_conv1x1(u, p["conv3.weight"], p["conv3.bias"], p["beta"], ops))
     u = layer("conv4", ops.norm_conv1x1(y, p["norm2.weight"], p["norm2.bias"], p["conv4.weight"], p["conv4.bias"]))
     u = layer("sg", ops.simple_gate(u))
@@ -145,6 +169,16 @@ def nafblock_backward(dz, cache, g):
     du = accumulate(g, ops.gated_depthwise3x3_backward(du, c["conv2"]), "conv2.weight", "conv2.bias")
     dx = accumulate(g, ops.norm_conv1x1_backward(du, c["conv1"]), "norm1.weight", "norm1.bias", "conv1.weight", "conv1.bias")
     return dy + dx
+
+
+def local_average(x, size):
+    """Means of x (B,H,W,C) over windows of size x size places, moved over the image and kept inside it: differences of sums."""
+    for axis in (1, 2):
+        n, k = x.shape[axis], min(size, x.shape[axis])
+        sums = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
+        start = np.clip(np.arange(n) - (k - 1) // 2, 0, n - k)
+        x = ((sums.take(start + k, axis) - sums.take(start, axis)) / k).astype(x.dtype)
+    return x
 
 
 def scaled_conv1x1(x, weight, bias, scale, ops):
@@ -226,12 +260,16 @@ def centered(image, p, config, ops=cpu, keep=True):
 
     Our choice for training and restoring: the network learns faster from inputs around zero, and zero padding is a middle gray.
     """
+    if not config.centered:
+        return nafnet(image, p, config, ops, keep)
     y, cache = nafnet(2 * image - 1, p, config, ops, keep)
     return (y + 1) / 2, cache
 
 
 def centered_backward(dy, cache, g):
     """The factors 1/2 and 2 cancel for the image; the parameters see half of dy."""
+    if not cache[1].centered:
+        return nafnet_backward(dy, cache, g)
     return 2 * nafnet_backward(dy / 2, cache, g)
 
 
@@ -251,7 +289,7 @@ def _stage(x, p, name, config, ops, keep):
     """The blocks of one stage, then its adapter if it has one."""
     caches, adapter = [], None
     for j in range(config.stages()[name][1]):
-        x, cache = nafblock(x, under(p, f"{name}.{j}"), ops, keep)
+        x, cache = nafblock(x, under(p, f"{name}.{j}"), ops, keep, config.window(name))
         caches.append(cache)
     if name in config.adapted():
         x, adapter = family(config.adapter).forward(x, under(p, f"adapters.{name}"), config.adapter, ops)

@@ -3,12 +3,14 @@ import json
 import math
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as serialize
 
-from .runtime import InputError, atomic
+from .runtime import InputError, atomic, read_bytes
 
 VERSION = 1                                   # of the checkpoint format
+KINDS = {"BOOL": "?", "BF16": "<bf16"} | {f"{letter}{8 * size}": f"<{kind}{size}" for letter, kind, sizes in (
+    ("F", "f", (2, 4, 8)), ("I", "i", (1, 2, 4, 8)), ("U", "u", (1, 2, 4, 8))) for size in sizes}
 
 
 class Params(dict):
@@ -79,19 +81,41 @@ def save(path, tensors, **metadata):
 
 def load(path):
     """Read what `save` wrote -> (tensors, metadata). A missing, truncated or foreign file, or another version: InputError."""
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = _metadata(path, file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, OSError, TypeError) as error:                      # TypeError: a type that NumPy does not have
-        raise InputError(f"{path}: not a readable safetensors file ({str(error).strip()})") from None
+    return tensors_in(path, data := read_bytes(path)), metadata_in(path, data)
 
 
-def _metadata(path, header):
+def tensors_in(path, data):
+    """The named arrays in the bytes of a safetensors file; InputError for anything else."""
     try:
-        metadata = json.loads(header["tinycea"])
+        found = dict(deserialize(data))
+    except (SafetensorError, ValueError) as error:
+        old = "; or PyTorch's format of before version 1.6: load and save it there" if data[:2] == b"\x80\x02" else ""
+        raise InputError(f"{path}: not a readable safetensors file ({str(error).strip()}{old})") from None
+    for name, tensor in found.items():
+        if tensor["dtype"] not in KINDS:
+            raise InputError(f"{path}: parameter {name} is of type {tensor['dtype']}, which is not read")
+    return {name: array(tensor["data"], KINDS[tensor["dtype"]], tensor["shape"]) for name, tensor in found.items()}
+
+
+def array(data, kind, shape):
+    """Bytes as an array: kind is NumPy's name of a type, or ends in bf16, the upper half of a float32."""
+    if kind.endswith("bf16"):
+        return (np.frombuffer(data, kind[:-4] + "u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+def is_ours(data):
+    """Whether the header of a safetensors file names tinycea."""
+    return b'"tinycea"' in data[8:8 + int.from_bytes(data[:8], "little")]
+
+
+def metadata_in(path, data):
+    """What `save` was told beside the arrays; InputError for a safetensors file of others, or of another version."""
+    try:
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        metadata = json.loads(header["__metadata__"]["tinycea"])
         version = metadata.pop("version")
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: a safetensors file, but not one that tinycea wrote") from None
     if version != VERSION:
         raise InputError(f"{path}: checkpoint format version {version}; this tinycea reads version {VERSION}")

@@ -74,27 +74,12 @@ def regions(axes, mask, names):
     label = mask.argmax(-1)
     show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
     for k, name in enumerate(names):
-        _label(axes, label == k, name)
+        label_region(axes, label == k, name)
 
 
-def _label(axes, region, text):
+def label_region(axes, region, text):
     """Text at the pixel of a region (H,W) that lies farthest from its border."""
     inside = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(inside.argmax(), region.shape)
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
     axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
-
-
-def demo(degraded, restored, clean, mask, names, path):
-    """Degraded | restored | clean, the borders of the regions drawn in, and each region's PSNR before and after."""
-    label = mask.argmax(-1)
-    figure = Figure((12, 4.9 * clean.shape[0] / clean.shape[1]), layout="constrained")
-    for axes, image, title in zip(figure.subplots(1, 3), (degraded, restored, clean), ("degraded", "restored", "clean")):
-        show(axes, image, title)
-        if title == "clean":
-            continue
-        axes.contour(label, np.arange(len(names) - 1) + 0.5, colors="white", linewidths=1.2)
-        for k, name in enumerate(names):
-            psnr = -10 * np.log10(np.mean((image - clean)[label == k] ** 2))
-            _label(axes, label == k, f"{name}\n{psnr:.1f} dB")
-    save(figure, path)

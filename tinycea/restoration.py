@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .degradations import patchwork
-from .evaluation import TEST_SEED
 from .images import MEGAPIXELS, SUFFIXES, as_rgb, checked, like, list_images, read_pixels, write_image
 from .nafnet import centered
 from .ops import cpu
 from .ops.cpu import keep_memory
 from .runtime import InputError, make_folder
-from .scenes import Scene, photographs
 from .zoo import WEIGHTS, Model, load_model
 
 WINDOW = 512                                  # pixels a side of a window, at most
@@ -127,10 +124,3 @@ def refuse_overwriting(source, target):
     """InputError if a result would replace the photo it is made from."""
     if Path(source).resolve() == Path(target).resolve():
         raise InputError(f"{target} is the photo itself: name another output")
-
-
-def demo(names=("noise25", "rain", "snow")):
-    """A held-out photograph, one degradation per region, restored by `shipped` -> degraded, restored, clean, mask, names."""
-    clean = photographs("test")["astronaut"]
-    degraded, mask, names = patchwork(Scene(clean), np.random.default_rng(TEST_SEED), names)
-    return degraded, restore(degraded), clean, mask, names

@@ -6,7 +6,7 @@ One step followed through the flat buffer, and the loop in ten lines: notebooks/
 import csv
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, islice, starmap
 from pathlib import Path
@@ -190,35 +190,30 @@ def load_progress(path, recipes):
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
-def train(out: str | Path | None = None, *, resume: bool = False, minutes: float | None = None, workers: int = 1,
-          threads: int | None = None, **options) -> dict:
+def train(out: str | Path | None = None, *, resume: bool = False, workers: int = 1, threads: int | None = None,
+          **options) -> dict:
     """Train a model and leave the run folder `out` (None: runs/SUITE-ADAPTER-seedN) -> the dict of its result.json.
 
-    options: fields of Recipe, as in train(suite="aio5", steps=300). minutes: train for about so long, instead of so many steps.
+    options: fields of Recipe, as in train(suite="aio5", steps=300).
     workers: processes that make the batches. threads: how many compute a chunk of a batch each; None: one for each core. Under
     mpiexec the ranks do instead. These numbers change nothing but the time.
     Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
-    if minutes and resume:
-        raise InputError("--minutes is for a new run; --resume keeps the number of steps the run was started with")
-    recipe, threads = recipe_for(**options), threads or os.cpu_count()
+    recipe = recipe_for(**options)
     out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
     if resume:
         recipe = resumable(out, options)
     elif any((out / name).exists() for name in FILES):
         raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
-    if minutes:
-        recipe = replace(recipe, steps=steps_in(minutes, recipe, threads))
     ops, path, entries = backend(recipe.backend), out / "state.safetensors", suite(recipe.suite)
     keep_memory()
     held_out = [ops.to_device(np.stack(images)) for images in list(zip(*test_set(entries, "validation", "crops", 1)))[2:]]
     progress = load_progress(path, [recipe])
-    log, waited = progress.logs[0], []
+    log = progress.logs[0]
     with feed(recipe, len(log), workers) as batches:
-        batches, saved = timed(batches, waited), None
-        first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
-        with (interruptible() as interrupted, shared(threads) as share,
+        saved, first = None, list(islice(batches, 1))        # photographs that cannot be read leave no run folder
+        with (interruptible() as interrupted, shared(threads or os.cpu_count()) as share,
               tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
             for step in train_together([recipe], chain(first, batches), progress, held_out, share):
                 if not np.isnan(log[-1][4]):
@@ -233,7 +228,7 @@ def train(out: str | Path | None = None, *, resume: bool = False, minutes: float
     try:
         if len(log) < recipe.steps:
             raise KeyboardInterrupt
-        return finish(recipe, progress.states[0].p, log, sum(waited), out)
+        return finish(recipe, progress.states[0].p, log, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after step {len(log)} of {recipe.steps}; "
                                 f"`tinycea train --resume --out {out}` goes on") from None
@@ -256,27 +251,6 @@ def resumable(out, options):
     return recipe
 
 
-def steps_in(minutes, recipe, threads):
-    """How many training steps fit into so many minutes, from ten that are timed and thrown away."""
-    recipe = replace(recipe, scenes=1, steps=11)
-    progress = load_progress(None, [recipe])
-    with feed(recipe) as batches, shared(threads) as share:
-        for _ in train_together([recipe], batches, progress, share=share):
-            pass
-    return max(1, round(60 * minutes / float(np.median([row[-1] for row in progress.logs[0][1:]]))))
-
-
-def timed(batches, waited):
-    """The same batches; the seconds that each one was waited for are put into a list."""
-    while True:
-        began = time.perf_counter()
-        pair = next(batches, None)
-        waited.append(time.perf_counter() - began)
-        if pair is None:
-            return
-        yield pair
-
-
 def save_run(out, recipe, progress):
     """The files of a run under way: its state, and for a reader its configuration and its log."""
     make_folder(out)
@@ -288,14 +262,14 @@ def save_run(out, recipe, progress):
         writer.writerows((int(step), *("" if np.isnan(x) else x for x in row)) for step, *row in progress.logs[0])
 
 
-def finish(recipe, p, log, waited, out):
+def finish(recipe, p, log, out):
     """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
     config, ops, entries = network(recipe.adapter), backend(recipe.backend), (*suite(recipe.suite), "clean")
     tests = test_set(entries)
     results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
                         total=len(tests), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
-              "seconds": round(sum(row[-1] for row in log), 1), "seconds_waiting_for_data": round(waited, 1),
+              "seconds": round(sum(row[-1] for row in log), 1),
               "peak_memory_mb": peak_memory(), "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
               "machine": machine(), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
               "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}

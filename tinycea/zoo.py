@@ -9,9 +9,10 @@ import numpy as np
 
 from .ablations import CEAConfig
 from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig
+from .checkpoints import load_pth, nafnet_options
 from .nafnet import NAFNetConfig, shapes
-from .params import Params, copy_into, load, save
-from .runtime import InputError
+from .params import Params, copy_into, is_ours, metadata_in, save, tensors_in
+from .runtime import InputError, read_bytes
 
 WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
 # Names for the command line. The rivals match CEA's number of parameters within 5 % in the default network, see lab/comparison.
@@ -78,11 +79,19 @@ class Model(NamedTuple):
     config: NAFNetConfig
 
 
-def load_model(path: str | Path) -> Model:
-    """Read a model file. Anything but a whole file of a known configuration raises InputError."""
-    tensors, metadata = load(path)
+def load_model(path: str | Path, local: int | None = None) -> Model:
+    """Read a model file: tinycea's, or a NAFNet's as PyTorch's .pth or safetensors. InputError for anything else, by name.
+
+    local: pixels a side of its training patches, for averages over windows of 1.5 times that (TLC, `NAFNetConfig.local`).
+    """
+    data = read_bytes(path, 2**32)
+    zipped = data[:2] == b"PK"
+    tensors, options = load_pth(path, data) if zipped else tensors_in(path, data), None
+    if zipped or not is_ours(data):
+        tensors, options = nafnet_options(path, tensors)
     try:
-        config = from_dict(metadata["config"])
+        config = NAFNetConfig(**options) if options else from_dict(metadata_in(path, data)["config"])
+        config = replace(config, local=config.local if local is None else local)
         p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
     except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
         raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .. import runtime
 from ..degradations import suite
-from ..evaluation import VIEWS, psnr, scores, test_set
+from ..evaluation import VIEWS, psnr, test_set
 from ..feed import batch
 from ..nafnet import nafnet, shapes
 from ..ops import backend, reference
@@ -137,6 +137,14 @@ def work(executor, tasks, jobs, interrupted):
 
 
 # ---- one task --------------------------------------------------------------------------------------------------------
+
+def scores(restorer, tests):
+    """Mean PSNR in dB over the draws of `test_set`: entry -> photograph -> dB. restorer(image, entry) -> image."""
+    found = defaultdict(lambda: defaultdict(list))
+    for entry, photo, degraded, clean in tests:
+        found[entry][photo].append(psnr(np.clip(restorer(degraded, entry), 0, 1), clean))
+    return {entry: {photo: round(float(np.mean(draws)), 4) for photo, draws in photos.items()} for entry, photos in found.items()}
+
 
 def model_path(recipe, folder):
     """Where the trained network of a recipe is kept."""

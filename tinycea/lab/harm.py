@@ -1,6 +1,6 @@
 """Does a restorer do harm? Every degradation, and none, on a hundred photographs: the mean gain, the worst, how many lost.
 
-    python -m tinycea.lab.harm FOLDER [--split validation] [--weights FILE] [--photos N] [--classical]
+    python -m tinycea.lab.harm FOLDER [--split validation] [--weights FILE] [--classical]
 
 FOLDER is the 200 test images of BSDS500: the first hundred by name choose (validation), the last hundred test. --classical adds
 non-local means, told the noise, with the best of five strengths for each row; and BM3D, told it too, where `bm3d` is installed.
@@ -90,10 +90,9 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--weights", default=str(WEIGHTS))
-    parser.add_argument("--photos", type=int, help="the first N alone")
     parser.add_argument("--classical", action="store_true")
     args = parser.parse_args()
-    count = len(known(args.folder, args.split, args.weights)[0][:args.photos])
+    count = len(known(args.folder, args.split, args.weights)[0])
     with pool(os.cpu_count()) as executor:
         jobs = [executor.submit(judged, args.folder, args.split, args.weights, args.classical, i) for i in range(count)]
         results = [job.result() for job in tqdm(jobs, desc="photographs", disable=None)]
