@@ -138,7 +138,7 @@ for rank, marker in zip((1, 3, 8, 16), "osD^"):
     update = ops.combine(0 * X, ops.affinity(Xhat, A_r)[0], U_r)[0]
     axes.semilogy(np.arange(1, C + 1), np.linalg.svd(update, compute_uv=False), marker=marker, label=f"R = {rank}")
 axes.set(xlabel="index of the singular value", ylabel="singular value of the update",
-         title=f"An update through R components has R singular values (N = {N}, C = {C})")
+         title=f"An update through R components has R singular values above zero (N = {N}, C = {C})")
 axes.legend()
 plt.show()
 

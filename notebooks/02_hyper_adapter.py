@@ -6,7 +6,7 @@
 # of $U$ for each of $R$ components. The claims:
 #
 # 1. A learned query turns an image of any size into one vector: a weighted mean of its tokens.
-# 2. One summary per component, not one for all: with a shared summary, or with equal queries, the layer has rank 1.
+# 2. One summary per component, not one for all: with equal queries, or one summary and the same matrices, the rank is 1.
 # 3. Heads let one summary take different channels from different places, at no extra multiply-adds.
 # 4. The softmax's backward is a centering, and $\operatorname{rowsum}(dP \circ P) = \operatorname{rowsum}(dZ \circ Z)$ makes it
 #    cheap.

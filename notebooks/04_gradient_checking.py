@@ -686,9 +686,8 @@ rows = gradcheck.check_gradients(silu, lambda dy, cache: dy * cache[1], {"x": rn
 assert not any(row.passed for row in rows)
 
 # %% [markdown]
-# **2.** [`l1_loss`](../tinycea/ops/reference.py) is the mean of $|\mathrm{pred} - \mathrm{target}|$, and its backward is right.
-# Check it where all these errors are $10^{-7}$, and where they are exactly 0. Which criterion fails, and why? Where must one look
-# instead?
+# **2.** The loss `l1_loss` below is the mean of $|\mathrm{pred} - \mathrm{target}|$, and its backward is right. Check it where
+# all these errors are $10^{-7}$, and where they are exactly 0. Which criterion fails, and why? Where must one look instead?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -696,10 +695,20 @@ assert not any(row.passed for row in rows)
 # way, so the quotient mixes both slopes, -1 and +1: no gradient agrees with it. At exactly 0 the central difference is 0 by
 # symmetry, and so is the backward (sign(0) = 0): they agree, but |h v| falls as h, not as h^2, and only the slope tells. Neither
 # is a bug; a check must stay away from kinks by more than a step.
+def l1_loss(pred, target):
+    error = pred - target
+    return np.abs(error).mean(), error
+
+
+def l1_loss_backward(dy, error):
+    dpred = np.sign(error) * dy / error.size
+    return dpred, -dpred
+
+
 target = rng.normal(size=(1, 2, 3, 5))
 zeros = np.zeros(target.shape)
 for name, error in {"1e-7": zeros + 1e-7, "0": zeros, "0.1 and more": 0.1 + rng.random(target.shape)}.items():
-    row, _ = gradcheck.check_gradients(ops.l1_loss, ops.l1_loss_backward, {"pred": target + error, "target": target})
+    row, _ = gradcheck.check_gradients(l1_loss, l1_loss_backward, {"pred": target + error, "target": target})
     numbers = f"relative error {row.relative_error:.0e}, slope {row.taylor_slope:.2f}"
     print(f"errors of {name}: {numbers}, passed: {row.passed}")
     assert row.passed == (name == "0.1 and more")

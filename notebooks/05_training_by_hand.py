@@ -6,7 +6,7 @@
 #
 # 1. Training data is computed, not collected: drawn scenes and degradations that are formulas.
 # 2. All parameters are one flat array with named views, so a norm, a clip or an update is one line.
-# 3. AdamW is four lines; its first step has size $\eta$ in every parameter, whatever the gradient's size.
+# 3. AdamW is four lines; its first step has size $\eta$ in every parameter that has a gradient, whatever the gradient's size.
 # 4. A network that cannot learn one patch by heart has a bug; this one can, and is no restorer for that.
 # 5. Ten lines are all of training: the library's `train` ends with the same bits.
 # 6. The shipped weights remove noise, rain, darkness and some haze, and no blur; 200 steps do a little of it.
@@ -313,7 +313,8 @@ axis.set(xlabel="step", ylabel="learning rate", title="50 steps up to 0.004, the
 plt.show()
 
 # %% [markdown]
-# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of three learned factors, and soon too large.
+# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of learned factors, among them
+# $W_V$ twice, and soon too large.
 #
 # ## 4. Overfitting one patch
 #

@@ -139,7 +139,7 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     assert done.returncode == 0, done.stderr
     assert "average" in done.stdout and (tmp_path / "run" / "result.json").exists()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 2 and "already holds a run" in again.stderr
+    assert again.returncode == 2 and "holds files already" in again.stderr
 
 
 @pytest.mark.parametrize("command, names", [("train", [*ADAPTERS, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),

@@ -13,7 +13,7 @@ import pytest
 from tinycea import cli, training
 from tinycea.lab import comparison as compare
 from tinycea.nafnet import NAFNetConfig, shapes
-from tinycea.runtime import InputError
+from tinycea.runtime import InputError, locked
 from tinycea.zoo import ADAPTERS, load_model, network
 
 RECIPES = [replace(recipe, scenes=2, batch=2, patch=16)
@@ -29,7 +29,7 @@ def quick(monkeypatch):
 
 def cell(folder, recipes=RECIPES):
     """The lines of one cell, trained in this process."""
-    compare.make_folder(folder / "models")
+    (folder / "models").mkdir(parents=True, exist_ok=True)
     while compare.train_slice(recipes, folder) < recipes[0].steps:
         pass
     return [compare.test_model(recipe, folder, "test") for recipe in recipes]
@@ -51,7 +51,7 @@ def test_a_run_of_the_comparison_is_a_run_of_train(tmp_path, monkeypatch):
 def test_a_cell_goes_on_where_its_last_slice_ended(tmp_path, monkeypatch):
     whole = cell(tmp_path / "whole")
     monkeypatch.setattr(compare, "SLICE_SECONDS", 0)
-    compare.make_folder(tmp_path / "cut" / "models")
+    (tmp_path / "cut" / "models").mkdir(parents=True)
     assert compare.train_slice(RECIPES, tmp_path / "cut") == 1
     assert [file.suffixes for file in (tmp_path / "cut" / "models").iterdir()] == [[".state", ".safetensors"]]
     lines = cell(tmp_path / "cut")
@@ -138,10 +138,24 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, argum
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_damaged_lines_are_refused(tmp_path):
-    (tmp_path / "runs.jsonl").write_text('{"recipe": {"sui')
-    with pytest.raises(InputError, match="runs.jsonl: not lines of JSON"):
+def test_damaged_lines_are_refused_and_half_a_line_is_dropped(tmp_path):
+    path, line = tmp_path / "runs.jsonl", json.dumps({"recipe": {"suite": "aio5"}, "split": "test", "psnr": {}})
+    for damage in ("1", "{}", "[" * 5000, '{"recipe": {"sui', '{"recipe": 1, "split": 1, "psnr": 1}'):
+        path.write_text(f"{line}\n{damage}\n{line}\n")
+        with pytest.raises(InputError, match="runs.jsonl: line 2"):
+            compare.compare(RECIPES, tmp_path)
+    path.write_text(line + "\n" + line[:20])
+    assert len(compare.finished(tmp_path)) == 1
+    compare.compare([], tmp_path)
+    assert path.read_text() == line + "\n"
+
+
+def test_a_folder_is_one_process_s(tmp_path):
+    with locked(tmp_path / "models"), pytest.raises(InputError, match="another process"):
         compare.compare(RECIPES, tmp_path)
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process"):
+        training.train(tmp_path / "run")
+    assert not (tmp_path / "models").exists()
 
 
 # ---- the statistics --------------------------------------------------------------------------------------------------

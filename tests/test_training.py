@@ -286,6 +286,6 @@ def test_before_is_the_degraded_image_and_after_the_restored_one():
 
 def test_a_run_folder_never_replaces_other_files(tmp_path):
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="holds files already"):
         train(TINY, tmp_path)
     assert (tmp_path / "config.json").read_text() == "mine"

@@ -12,7 +12,3 @@ def __getattr__(name):
     if name not in FACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{FACE[name]}", __name__), name)
-
-
-def __dir__():
-    return sorted([*globals(), *FACE])

@@ -63,8 +63,6 @@ def cases(ops, seed=0):
     yield op("gate_experts", {"S": n(2, 5, 6), "G": n(2, 5, 3)}, label=" (token)")
     yield op("gate_experts", {"S": n(2, 5, 6), "G": n(2, 1, 3)}, label=" (image)")
     yield op("load_balance", {"p": np.exp(n(2, 7, 5))})
-    pred, error = n(2, 3, 5, 4), n(2, 3, 5, 4)
-    yield op("l1_loss", {"pred": pred, "target": pred + error + np.sign(error) / 10})        # away from the kink at 0
     yield op("psnr_loss", {"pred": n(2, 3, 5, 4), "target": n(2, 3, 5, 4)})
 
     def parameters(shapes):
@@ -139,7 +137,7 @@ def report(backend_name="cpu", seed=0):
             rows = check_gradients(*hosted(forward, backward, ops), inputs, seed, tolerance=tolerance)
             worst = max(rows, key=lambda row: (not row.passed, row.relative_error))
             passed = all(row.passed for row in rows) == (verdict == "ok")
-            results.append({"name": name, "arguments": len(rows)} | asdict(worst)
-                           | {"taylor_slope": min(row.taylor_slope for row in rows), "tolerance": tolerance,
-                              "passed": passed, "verdict": verdict if passed else "FAILED"})
+            results.append({"name": name, "arguments": len(rows)} | asdict(worst) | {
+                "taylor_slope": min(row.taylor_slope for row in rows), "tolerance": tolerance, "passed": passed,
+                "verdict": verdict if passed else "FAILED"})
     return results

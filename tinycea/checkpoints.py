@@ -82,10 +82,8 @@ def load_pth(path, data):
         if not isinstance(found, dict):
             raise InputError("it holds no dictionary of arrays")
         return {str(name): numbers(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)}
-    except InputError as error:
-        raise InputError(f"{path}: not a PyTorch file that can be read: {error}") from None
     except Exception as error:                # whatever a damaged pickle or archive can make Python's readers say
-        raise InputError(f"{path}: not a PyTorch file that can be read ({type(error).__name__}: {str(error)[:80]})") from None
+        raise InputError(f"{path}: not a PyTorch file that can be read ({type(error).__name__}: {str(error)[:200]})") from None
 
 
 def nafnet_options(path, tensors):

@@ -88,9 +88,8 @@ def parser():
     sub = command(degrade, "degrade a photograph")
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file")
     sub.add_argument("-o", "--out", type=path, required=True, help="the image file to write, 8-bit RGB")
-    sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="one or several joined by +: low, rain, snow, "
-                     "haze, blur (motion or defocus), noise15, noise25, noise50, gray-noise, "
-                     "jpeg; or patchwork, stains, stains-overlapping")
+    sub.add_argument("--as", dest="names", required=True, metavar="NAMES", help="some of low, rain, snow, haze, blur, motion, "
+                     "defocus, noise15, noise25, noise50, gray-noise, jpeg, joined by +; patchwork, stains, stains-overlapping")
     sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
@@ -151,7 +150,7 @@ def train(args):
     from .training import train
     options = given(args, "suite", "adapter", "steps", "seed", "backend", "images")
     if args.images:
-        options["images"] = str(Path(args.images).resolve())          # the same folder from wherever the run is resumed
+        options["images"] = os.path.realpath(args.images)             # the same folder from wherever the run is resumed
     result = train(args.out, resume=args.resume, threads=args.threads, **options)
     print(format_table(result["rows"]))
     print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "
@@ -186,20 +185,17 @@ def evaluate(args):
 
 
 def convert(args):
-    from .restoration import refuse_overwriting
     from .zoo import load_model, save_model
-    refuse_overwriting(args.weights, args.out)
     save_model(args.out, *load_model(args.weights, args.local))
     print(args.out)
     return 0
 
 
 def degrade(args):
-    from .degradations import check_entry, degrade
+    from .degradations import degrade
     from .images import read_image, rgb, write_image
     from .restoration import refuse_overwriting
-    refuse_overwriting(args.photo, args.out)
-    check_entry(args.names)
+    refuse_overwriting([args.photo], args.out)
     pixels, _ = read_image(args.photo)
     write_image(args.out, degrade(rgb(pixels), args.names, args.seed))
     print(args.out)
@@ -239,7 +235,9 @@ def bench(args):
 def main(argv=None):
     """Run the command line -> exit status: 0, 1 for a failed check, 2 for bad input, 130 for Ctrl-C."""
     try:
-        args, unknown = parser().parse_known_args(argv)
+        args, unknown = parser().parse_known_args(None if argv is None else list(argv))
+        if any(value == [] for value in vars(args).values()):             # what argparse makes of `--option=--`
+            raise InputError("an option is given the value --, which is none")
         if unknown:
             args.parser.error(f"unknown argument {unknown[0]}")
         with ranks() as acting:
@@ -247,11 +245,8 @@ def main(argv=None):
     except BrokenPipeError:                   # the reader of our output has gone, as in `tinycea gradcheck | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, OSError) as error:
-        print(f"tinycea: {error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"tinycea: out of memory ({error})", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as error:
+        print(f"tinycea: {'out of memory ' * isinstance(error, MemoryError)}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"tinycea: {str(stop) or 'interrupted'}", file=sys.stderr)

@@ -208,10 +208,8 @@ SUITES = {
     "aio5": ["noise25", "rain", "haze", "blur", "low"],
     "cdd11": ["low", "haze", "rain", "snow", "low+haze", "low+rain", "low+snow", "haze+rain", "haze+snow",
               "low+haze+rain", "low+haze+snow"],
-    "patchwork": ["patchwork"],
-    "stains": ["stains", "stains-overlapping"],
-    "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"],
-}
+    "patchwork": ["patchwork"], "stains": ["stains", "stains-overlapping"],
+    "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"]}
 
 
 def _ordered(names):
@@ -281,12 +279,6 @@ ALONE = {"clean": lambda scene, rng, strength: (scene.image.copy(), None),
          "patchwork": lambda scene, rng, strength: patchwork(scene, rng, strength=strength),
          "stains": lambda scene, rng, strength: stains(scene, rng, False, strength),
          "stains-overlapping": lambda scene, rng, strength: stains(scene, rng, True, strength)}
-
-
-def check_entry(entry):
-    """InputError unless `apply` knows this entry."""
-    if entry not in ALONE:
-        _ordered(entry.split("+"))
 
 
 def apply(scene, entry, rng, strength=1.0):

@@ -104,11 +104,6 @@ def array(data, kind, shape):
     return np.frombuffer(data, kind).reshape(shape)
 
 
-def is_ours(data):
-    """Whether the header of a safetensors file names tinycea."""
-    return b'"tinycea"' in data[8:8 + int.from_bytes(data[:8], "little")]
-
-
 def metadata_in(path, data):
     """What `save` was told beside the arrays; InputError for a safetensors file of others, or of another version."""
     try:

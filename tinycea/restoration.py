@@ -102,7 +102,7 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
             raise InputError(f"{target}: cannot write {suffix}; name one of {', '.join(SUFFIXES)}, or a folder that exists")
         if targets.count(target) > 1:
             raise InputError(f"two of the images are called {target.name}: restore them into different folders")
-        refuse_overwriting(file, target)
+        refuse_overwriting(files, target)
     keep_memory()
     model = load_model(weights)
     make_folder(targets[0].parent)
@@ -120,7 +120,7 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
         raise InputError(f"not restored: {'; '.join(failed)}")
 
 
-def refuse_overwriting(source, target):
-    """InputError if a result would replace the photo it is made from."""
-    if Path(source).resolve() == Path(target).resolve():
-        raise InputError(f"{target} is the photo itself: name another output")
+def refuse_overwriting(sources, target):
+    """InputError if a result would replace what one is made from."""
+    if os.path.realpath(target) in map(os.path.realpath, sources):
+        raise InputError(f"{target} is the input itself: name another output")

@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -23,6 +23,9 @@ class InputError(ValueError):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+TEMPORARY = ".tinycea-"                       # begins the names of files under way
+
+
 @contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed and `path` stays as it was.
@@ -30,9 +33,11 @@ def atomic(path):
     An OSError on the way (no such folder, no permission, a full disk) becomes an InputError that names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}{path.suffix}"
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())           # else a power cut may leave the new name with nothing behind it
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -61,6 +66,28 @@ def make_folder(path):
         raise InputError(f"{path}: cannot be made a folder ({error.strerror})") from None
 
 
+@contextmanager
+def locked(folder):
+    """Within, a folder (made if need be) is this process's alone; InputError if it is another's. The system frees it at the end.
+
+    What a killed process left half-written is removed; so is the folder, if it is still empty afterwards.
+    """
+    make_folder(folder)
+    with ExitStack() as stack:
+        with suppress(ImportError):           # Windows has no such lock
+            import fcntl
+            place = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{folder}: another process is at work in this folder") from None
+        for left in Path(folder).glob(f"{TEMPORARY}*"):
+            left.unlink()
+        stack.callback(lambda: any(Path(folder).iterdir()) or os.rmdir(folder))
+        yield
+
+
 def write_json(path, value):
     """JSON, whole or not at all."""
     with atomic(path) as temporary:
@@ -71,19 +98,20 @@ def write_json(path, value):
 
 @contextmanager
 def interruptible():
-    """Within, Ctrl-C is remembered instead of raised: yields a function that tells whether it came. A second one is raised."""
-    came = []
+    """Within, Ctrl-C, SIGTERM and SIGHUP are remembered: yields a function that tells if one came. A second one is raised."""
+    came, numbers = [], [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def handler(number, frame):
         if came:
             raise KeyboardInterrupt
         came.append(number)
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in zip(numbers, before):
+            signal.signal(number, old)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ One step followed through the flat buffer, and the loop in ten lines: notebooks/
 import csv
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import chain, islice, starmap
 from pathlib import Path
@@ -20,13 +20,14 @@ from .ablations import CEAConfig
 from .degradations import patchwork, suite
 from .evaluation import SSIM, TEST_SEED, evaluate, table, test_set
 from .feed import INIT, feed
+from .images import folder
 from .nafnet import anatomies, centered, centered_backward, init
 from .ops import backend
 from .ops.cpu import keep_memory
 from .optim import clip_by_norm, decay_mask, warmup_cosine
 from .params import Params, copy_into, load, save
 from .restoration import restore_rgb
-from .runtime import InputError, atomic, interruptible, machine, make_folder, peak_memory, shared, write_json
+from .runtime import InputError, atomic, interruptible, locked, machine, peak_memory, shared, write_json
 from .scenes import Scene, photographs
 from .zoo import ADAPTERS, load_model, network, save_model, to_dict
 
@@ -35,8 +36,6 @@ SAVE_SECONDS = 30                             # between two states written for r
 # Times lr: CEA's update is a product of learned factors and soon too large. The rivals' are the best of 0.1, 0.3 and 1 on the
 # validation photographs (data/results).
 ADAPTER_LR = dict.fromkeys(ADAPTERS, 0.1) | {"static": 0.3, "mlp": 0.3, "experts-image": 1.0, "experts-token": 0.3}
-FILES = ("config.json", "log.csv", "state.safetensors", "model.safetensors", "curve.png", "before_after.png", "routing.png",
-         "result.json")                       # of a run folder; the state goes when the result has come
 COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")       # of a log; the seconds are the step's own
 
 
@@ -61,6 +60,13 @@ class Recipe:
     floor: float = 1e-3                       # added to the mean squared error: beyond 30 dB there is little to win
     nominal: bool = False                     # degradations of nominal strength alone, see `feed.batch`
     start: str | None = None                  # a model file to start from, of the same network
+
+    def __post_init__(self):
+        for kind, name, value in ((field.type, field.name, getattr(self, field.name)) for field in fields(self)):
+            right = isinstance(value, (int, float) if kind is float else kind) and (type(value) is bool) == (kind is bool)
+            low = name in ("steps", "batch", "patch", "chunks", "scenes")
+            if not right or kind in (int, float) and not low <= value < (2**31 if kind is int else np.inf):
+                raise InputError(f"{name} is {value!r}: expected {getattr(kind, '__name__', kind)}, in its range")
 
 
 def recipe_for(adapter="cea", **rest):
@@ -184,8 +190,11 @@ def load_progress(path, recipes):
     tensors, metadata = load(path)
     if metadata.get("recipes") != list(map(asdict, recipes)):
         raise InputError(f"{path}: belongs to another recipe")
-    states = [start(recipe, {key: tensors[f"{i}.{key}"] for key in "wmv"}) for i, recipe in enumerate(recipes)]
-    return Progress(states, [tensors[f"{i}.log"].tolist() for i in range(len(recipes))])
+    try:
+        states = [start(recipe, {key: tensors[f"{i}.{key}"] for key in "wmv"}) for i, recipe in enumerate(recipes)]
+        return Progress(states, [tensors[f"{i}.log"].reshape(-1, len(COLUMNS)).tolist() for i in range(len(recipes))])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a whole state ({error})") from None
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -202,36 +211,48 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
     """
     recipe = recipe_for(**options)
     out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
-    if resume:
-        recipe = resumable(out, options)
-    elif any((out / name).exists() for name in FILES):
-        raise InputError(f"{out} already holds a run: --resume goes on with it if it was interrupted, --out names another folder")
-    ops, path, entries = backend(recipe.backend), out / "state.safetensors", suite(recipe.suite)
+    network(recipe.adapter), backend(recipe.backend), suite(recipe.suite)         # what is misspelt leaves no folder
+    if recipe.images:
+        next(folder(recipe.images))
     keep_memory()
-    held_out = [ops.to_device(np.stack(images)) for images in list(zip(*test_set(entries, "validation", "crops", 1)))[2:]]
-    progress = load_progress(path, [recipe])
-    log = progress.logs[0]
+    with locked(out):
+        if resume:
+            recipe = resumable(out, options)
+        elif any(out.iterdir()):
+            raise InputError(f"{out} holds files already: --resume goes on with an interrupted run, --out names another folder")
+        progress = load_progress(out / "state.safetensors", [recipe])
+        try:
+            learn(recipe, progress, out, workers, threads or os.cpu_count())
+            return finish(recipe, progress.states[0].p, progress.logs[0], out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after step {len(progress.logs[0])} of {recipe.steps}; "
+                                    f"`tinycea train --resume --out {out}` goes on") from None
+
+
+def learn(recipe, progress, out, workers, threads):
+    """Train to the end, and save what there is from time to time, when interrupted, and when the batches end too soon."""
+    ops, log, saved = backend(recipe.backend), progress.logs[0], None
+    tests = test_set(suite(recipe.suite), "validation", "crops", 1)
+    held_out = [ops.to_device(np.stack(images)) for images in list(zip(*tests))[2:]]
     with feed(recipe, len(log), workers) as batches:
-        saved, first = None, list(islice(batches, 1))        # photographs that cannot be read leave no run folder
-        with (interruptible() as interrupted, shared(threads or os.cpu_count()) as share,
+        first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
+        with (interruptible() as interrupted, shared(threads) as share,
               tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
-            for step in train_together([recipe], chain(first, batches), progress, held_out, share):
-                if not np.isnan(log[-1][4]):
-                    loss = np.mean([row[2] for row in log[-EVERY:]])
-                    bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
-                bar.update()
-                if saved is None or time.perf_counter() - saved > SAVE_SECONDS or step == recipe.steps or interrupted():
+            try:
+                for step in train_together([recipe], chain(first, batches), progress, held_out, share):
+                    if not np.isnan(log[-1][4]):
+                        loss = np.mean([row[2] for row in log[-EVERY:]])
+                        bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
+                    bar.update()
+                    if saved is None or time.perf_counter() - saved > SAVE_SECONDS or step == recipe.steps or interrupted():
+                        save_run(out, recipe, progress)
+                        saved = time.perf_counter()
+                    if interrupted() and step < recipe.steps:
+                        raise KeyboardInterrupt
+            except InputError:
+                if log:
                     save_run(out, recipe, progress)
-                    saved = time.perf_counter()
-                if interrupted():
-                    break
-    try:
-        if len(log) < recipe.steps:
-            raise KeyboardInterrupt
-        return finish(recipe, progress.states[0].p, log, out)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after step {len(log)} of {recipe.steps}; "
-                                f"`tinycea train --resume --out {out}` goes on") from None
+                raise
 
 
 def resumable(out, options):
@@ -253,7 +274,6 @@ def resumable(out, options):
 
 def save_run(out, recipe, progress):
     """The files of a run under way: its state, and for a reader its configuration and its log."""
-    make_folder(out)
     save_progress(out / "state.safetensors", progress, [recipe])
     write_json(out / "config.json", {"recipe": asdict(recipe), "model": to_dict(network(recipe.adapter)), "tinycea": __version__})
     with atomic(out / "log.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -269,9 +289,9 @@ def finish(recipe, p, log, out):
     results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
                         total=len(tests), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
-              "seconds": round(sum(row[-1] for row in log), 1),
-              "peak_memory_mb": peak_memory(), "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"),
-              "machine": machine(), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+              "seconds": round(sum(row[-1] for row in log), 1), "peak_memory_mb": peak_memory(),
+              "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"), "machine": machine(),
+              "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
               "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(log, out / "curve.png")

@@ -11,7 +11,7 @@ from .ablations import CEAConfig
 from .adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig
 from .checkpoints import load_pth, nafnet_options
 from .nafnet import NAFNetConfig, shapes
-from .params import Params, copy_into, is_ours, metadata_in, save, tensors_in
+from .params import Params, copy_into, metadata_in, save, tensors_in
 from .runtime import InputError, read_bytes
 
 WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
@@ -19,11 +19,9 @@ WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
 ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27)} | {
     name: NAFNetConfig(adapter=adapter) for name, adapter in {
         "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
-        "cea-image": CEAConfig(level="image"),
-        "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"),
-        "cea-static": CEAConfig(static="AU", tokens="Xhat"),
-        "static": CEAConfig(static="AU", rank=76, norm="token", tokens="Xhat"),
-        "mlp": MLPConfig(), "descriptor": DescriptorConfig(), "prompt": PromptConfig(),
+        "cea-image": CEAConfig(level="image"), "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"),
+        "cea-static": CEAConfig(static="AU", tokens="Xhat"), "mlp": MLPConfig(), "descriptor": DescriptorConfig(),
+        "static": CEAConfig(static="AU", rank=76, norm="token", tokens="Xhat"), "prompt": PromptConfig(),
         "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
 
 
@@ -54,7 +52,7 @@ def _literal(text):
     """A number, true or false; any other text is itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -85,15 +83,14 @@ def load_model(path: str | Path, local: int | None = None) -> Model:
     local: pixels a side of its training patches, for averages over windows of 1.5 times that (TLC, `NAFNetConfig.local`).
     """
     data = read_bytes(path, 2**32)
-    zipped = data[:2] == b"PK"
-    tensors, options = load_pth(path, data) if zipped else tensors_in(path, data), None
-    if zipped or not is_ours(data):
+    tensors, options = load_pth(path, data) if data[:2] == b"PK" else tensors_in(path, data), None
+    if b'"tinycea"' not in data[8:8 + int.from_bytes(data[:8], "little")]:
         tensors, options = nafnet_options(path, tensors)
     try:
         config = NAFNetConfig(**options) if options else from_dict(metadata_in(path, data)["config"])
         config = replace(config, local=config.local if local is None else local)
         p = Params(shapes(config), np.float64 if all(value.dtype == np.float64 for value in tensors.values()) else np.float32)
-    except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, MemoryError, OverflowError) as error:
         raise InputError(f"{path}: holds no configuration of a model that this tinycea knows ({error})") from None
     copy_into(p, tensors, path)
     return Model(p, config)

@@ -35,7 +35,7 @@ from ..ops.cpu import keep_memory
 from ..params import Params, load
 from ..plots import save, show
 from ..restoration import restore_rgb
-from ..runtime import InputError, interruptible, machine, make_folder, pool
+from ..runtime import InputError, interruptible, locked, machine, pool, read_bytes
 from ..training import load_progress, recipe_for, save_progress, train_together
 from ..zoo import load_model, network, save_model
 
@@ -74,11 +74,15 @@ def name(recipes):
 
 def finished(folder):
     """The lines of a folder's runs.jsonl, a list of dicts; InputError for a damaged one."""
-    path = Path(folder) / "runs.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except (OSError, ValueError):
-        raise InputError(f"{path}: not lines of JSON") from None
+    path, found = Path(folder) / "runs.jsonl", []
+    for i, line in enumerate(read_bytes(path).splitlines(True) if path.exists() else (), 1):
+        try:
+            if line.endswith(b"\n"):          # else half a line, of a full disk or a killed process: its run is made again
+                found.append(json.loads(line))
+                found[-1]["recipe"]["suite"], found[-1]["split"], found[-1]["psnr"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise InputError(f"{path}: line {i} is not that of a run") from None
+    return found
 
 
 def compare(recipes, folder, split="test", jobs=2):
@@ -89,7 +93,6 @@ def compare(recipes, folder, split="test", jobs=2):
     folder, wanted = Path(folder), [asdict(recipe) for recipe in recipes]
     for recipe in recipes:
         network(recipe.adapter), suite(recipe.suite)          # what is misspelt is refused before anything is trained
-    make_folder(folder / "models")
     have = [line["recipe"] for line in finished(folder) if line["split"] == split]
     suites = dict.fromkeys(recipe.suite for recipe in recipes)
     rows = [{"suite": s, "adapter": row} for s in suites for row in ("degraded", *CLASSICAL)]
@@ -99,10 +102,11 @@ def compare(recipes, folder, split="test", jobs=2):
     tasks += ((train_slice, cell, folder) for cell in cells([r for r in todo if not model_path(r, folder).exists()]))
     steps = {name(task[1]): 0 for task in tasks if task[0] is train_slice}
     jobs = runtime.RANKS.num_workers if runtime.RANKS else jobs
-    with nullcontext(runtime.RANKS) if runtime.RANKS else pool(jobs, keep_memory) as executor, \
-            interruptible() as interrupted, open(folder / "runs.jsonl", "a") as file, \
+    with locked(folder / "models"), open(folder / "runs.jsonl", "a+b") as file, interruptible() as interrupted, \
+            nullcontext(runtime.RANKS) if runtime.RANKS else pool(jobs, keep_memory) as executor, \
             tqdm(total=sum(len(task[1]) * task[1][0].steps for task in tasks if task[0] is train_slice),
                  desc="comparing", unit="step", disable=None) as bar:
+        file.truncate(read_bytes(file.name).rfind(b"\n") + 1)             # half a line goes
         for (function, subject, *_), result in work(executor, tasks, jobs, interrupted):
             if function is train_slice:
                 bar.update(len(subject) * (result - steps[name(subject)]))
@@ -110,7 +114,7 @@ def compare(recipes, folder, split="test", jobs=2):
                 tests = [(test_model, recipe, folder, split) for recipe in subject]
                 tasks.extendleft([(train_slice, subject, folder)] if result < subject[0].steps else tests)
             else:
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps(result).encode() + b"\n")
                 file.flush()
                 bar.set_postfix_str(f"{result['recipe']['suite']}, {result['recipe']['adapter']}: {matrix(result).mean():.2f} dB")
         if interrupted():

@@ -24,17 +24,16 @@ from ..zoo import WEIGHTS, load_model
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)         # of non-local means, times sigma
 
 
-def gray(image):
-    return np.repeat(image.mean(-1, keepdims=True), 3, -1)
-
-
 def gray_noise(image, rng):
     """A gray photograph, noise of 25/255 equal in all channels, cut to 8 bits."""
-    return gray(noise(gray(image), rng, sigma=25)[..., :1])
+    return noise(gray(image), rng, sigma=25)[..., [0, 0, 0]]
 
 
-ROWS = {"clean": lambda image, rng: image,
-        "jpeg, quality 90": lambda image, rng: jpeg(image, rng, quality=90),
+def gray(image):
+    return image.mean(-1, keepdims=True)[..., [0, 0, 0]]
+
+
+ROWS = {"clean": lambda image, rng: image, "jpeg, quality 90": lambda image, rng: jpeg(image, rng, quality=90),
         "jpeg, quality 40": lambda image, rng: jpeg(image, rng, quality=40)} | {
     entry: lambda image, rng, entry=entry: apply(Scene(image), entry, rng)
     for entry in dict.fromkeys(("noise15", "noise25", "noise50", *suite("everyday+cdd11+patchwork"))) if entry != "jpeg"} | {

@@ -274,8 +274,7 @@ def probe_backward(dZ, cache):
     dlogits = P * (dP - (dz * z).sum(-1, keepdims=True)) * d**-0.5
     dq = (dlogits @ k).sum(0)                                                   # (h,R,D/h)
     dk = dlogits.swapaxes(-1, -2) @ q
-    return (dq.transpose(1, 0, 2).reshape(R, h * d),
-            dk.transpose(0, 2, 1, 3).reshape(B, N, h * d),
+    return (dq.transpose(1, 0, 2).reshape(R, h * d), dk.transpose(0, 2, 1, 3).reshape(B, N, h * d),
             dv.transpose(0, 2, 1, 3).reshape(B, N, h * d))
 
 
@@ -466,28 +465,11 @@ def load_balance_backward(dy, cache):
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
-def _error(pred, target):
-    if pred.shape != target.shape:
-        raise InputError(f"pred has shape {pred.shape} and target {target.shape}: expected the same")
-    return pred - target
-
-
-def l1_loss(pred, target):
-    """Mean absolute error. pred, target (B,H,W,C) -> scalar; InputError if their shapes differ, as for every loss."""
-    error = _error(pred, target)
-    return np.abs(error).mean(), (error,)
-
-
-def l1_loss_backward(dy, cache):
-    """dpred = sign(error)/count (0 at 0), dtarget = -dpred."""
-    (error,) = cache
-    dpred = np.sign(error) * (float(dy) / error.size)
-    return dpred, -dpred
-
-
 def psnr_loss(pred, target, eps=1e-8):
     """Minus the mean PSNR in dB: mean over images of 10 log10(MSE + eps), peak 1 (NAFNet's loss). pred, target (B,H,W,C)."""
-    error = _error(pred, target)
+    if pred.shape != target.shape:
+        raise InputError(f"pred has shape {pred.shape} and target {target.shape}: expected the same")
+    error = pred - target
     mse = (error * error).mean((1, 2, 3), keepdims=True) + eps
     return 10 * np.log10(mse).mean(), (error, mse)
 
