@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes data/results/layer and data/results/stains, hours on two cores. The argument is a folder of the 200 test images of BSDS500;
-# its last hundred by name are tested on.
+# Makes data/results/layer and data/results/stains, hours on two cores. The argument is a folder of the 200 test images of
+# BSDS500; its last hundred by name are tested on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tinycea mechanism --test "$1" -o runs/mechanism.png > data/results/layer/mechanism.txt

@@ -1,14 +1,13 @@
-"""The four trainings behind the weights in the package, see weights.sh: patches grow, and each starts from the one before."""
+"""The three trainings behind the weights in the package, see weights.sh: patches grow, and each starts from the one before."""
 from pathlib import Path
 
 from tinycea import train
 
 SHARED = {"suite": "everyday+cdd11+patchwork", "adapter": "cea:encoders=1+1,decoders=1+1,middle=1", "adapter_lr": 0.3,
           "images": "runs/photographs", "scenes": 64, "chunks": 1}
-TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6},
+TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
              {"steps": 11_000, "patch": 96, "batch": 3, "lr": 1.5e-3, "floor": 3e-4, "seed": 1},
-             {"steps": 16_000, "patch": 192, "batch": 2, "lr": 1.5e-3, "floor": 3e-4, "seed": 2},
-             {"steps": 8_500, "patch": 192, "batch": 2, "lr": 1.2e-3, "floor": 3e-4, "seed": 3})
+             {"steps": 16_000, "patch": 192, "batch": 2, "lr": 1.5e-3, "floor": 3e-4, "seed": 2})
 
 if __name__ == "__main__":
     for i, recipe in enumerate(TRAININGS, 1):

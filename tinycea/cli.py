@@ -45,7 +45,7 @@ def parser():
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
                      "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
-    sub.add_argument("--steps", type=count, help="training steps (default 3000)")
+    sub.add_argument("--steps", type=count, help="training steps (default 2400)")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
     sub.add_argument("--images", type=path, metavar="DIR", help="a folder of photographs to train on instead of scikit-image's")

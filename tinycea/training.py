@@ -44,12 +44,12 @@ class Recipe:
     """What a run is made of; with the machine it determines every byte of the weights."""
     suite: str = "aio5"
     adapter: str = "cea"
-    steps: int = 3000
+    steps: int = 2400
     seed: int = 0
     backend: str = "cpu"
     images: str | None = None                 # a folder that replaces scikit-image's training photographs
-    batch: int = 8
-    patch: int = 48                           # pixels a side
+    batch: int = 6
+    patch: int = 64                           # pixels a side
     chunks: int = 2                           # of a batch, computed side by side
     scenes: int = 32                          # dead leaves of 256 x 256
     lr: float = 4e-3
@@ -57,7 +57,7 @@ class Recipe:
     decay: float = 1e-4
     warmup: int = 50                          # steps
     clip: float = 1.0
-    floor: float = 1e-3                       # added to the mean squared error: beyond 30 dB there is little to win
+    floor: float = 3e-4                       # added to the mean squared error: beyond 35 dB there is little to win
     nominal: bool = False                     # degradations of nominal strength alone, see `feed.batch`
     start: str | None = None                  # a model file to start from, of the same network
 

@@ -51,7 +51,7 @@ CLASSICAL = {"total variation": (lambda image, s: denoise_tv_chambolle(image, s,
 
 def grid(suites=SUITES, adapters=HEADLINE, seeds=5, steps=(1000,), rates=(None,), images=None):
     """The Recipes of all combinations; a rate of None is the one that train.ADAPTER_LR holds for the adapter."""
-    return [recipe_for(a, suite=s, seed=seed, steps=n, images=images, nominal=True, floor=1e-8, chunks=1,
+    return [recipe_for(a, suite=s, seed=seed, steps=n, images=images, batch=8, patch=48, nominal=True, floor=1e-8, chunks=1,
                        **{} if rate is None else {"adapter_lr": rate})
             for s, n, seed, a, rate in product(suites, steps, range(seeds), adapters, rates)]
 
