@@ -33,6 +33,8 @@ def atomic(path):
     An OSError on the way (no such folder, no permission, a full disk) becomes an InputError that names `path`.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # else who may would replace a device
+        raise InputError(f"{path}: cannot be written (not a regular file)")
     temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}{path.suffix}"
     try:
         yield temporary

@@ -44,12 +44,13 @@ class Fuzzer:
         self.folder, self.rng = Path(folder), np.random.default_rng(seed)
         pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
         self.images = {}
+        os.mkfifo(self.folder / "pipe")       # has no end as an input, and is nobody's to replace as an output
         for suffix, values in ((".png", pixels), (".jpg", pixels), (".tif", np.uint16(pixels) * 257), (".tiff", pixels[..., 0])):
             iio.imwrite(self.folder / f"good{suffix}", values)
             self.images[suffix] = (self.folder / f"good{suffix}").read_bytes()
         save_model(self.folder / "good.safetensors", init(TINY, np.random.default_rng(0)), TINY)
         self.model = (self.folder / "good.safetensors").read_bytes()
-        self.words = ["", "--", "-", "-1", "0", "nan", "inf", "1e308", "9" * 30, "\0", "é" * 300, "/dev/zero", "/dev/full", "/",
+        self.words = ["", "--", "-", "-1", "0", "nan", "inf", "1e308", "9" * 30, "\0", "é" * 300, "pipe", "pipe", "/",
                       "..", "cea:", "cea:rank=0", "cea:width=[2]", "cea:rank=" + "[" * 5000, "cea:slots=attic", "none", "a+b",
                       "+", "haze+haze", "aio5", str(self.folder / "good.png"), str(self.folder / "good.safetensors")]
 
@@ -153,6 +154,8 @@ class Fuzzer:
             for name in left - {"run", "compare"}:
                 path = self.folder / name
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not (self.folder / "pipe").is_fifo():
+            return f"{told}: replaced a pipe"
         sentence = err.getvalue()
         if status not in (0, 2) or status == 2 and not (sentence.startswith("tinycea: ") and sentence.count("\n") == 1):
             return f"{told}: status {status}, {sentence[:300]!r}"
