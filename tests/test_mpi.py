@@ -3,8 +3,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tinycea.lab import comparison
 
 pytest.importorskip("mpi4py")
 pytestmark = pytest.mark.slow
@@ -19,15 +22,15 @@ def run(*command, ranks=1):
 
 def test_two_ranks_train_the_bytes_of_one(tmp_path):
     for ranks in (1, 2):
-        run("-m", "tinycea", "train", "--steps", 4, "--out", tmp_path / str(ranks), ranks=ranks)
-    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "12")
+        run(Path(__file__).with_name("tiny_run.py"), tmp_path / str(ranks), 5, ranks=ranks)
+    one, two = ((tmp_path / name / "weights").read_bytes() for name in "12")
     assert one == two
 
 
 def test_ranks_compare_as_processes_do(tmp_path):
-    for out, ranks, launcher in (("processes", 1, ()), ("ranks", 3, ("-m", "mpi4py.futures"))):
-        run(*launcher, "-m", "tinycea", "compare", "--suites", "aio3", "--adapters", "none", "--seeds", 1, "--steps", 2,
-            "--split", "validation", "--out", tmp_path / out, ranks=ranks)
+    run("-m", "mpi4py.futures", "-m", "tinycea", "compare", "--suites", "aio3", "--adapters", "none", "--seeds", 1, "--steps", 2,
+        "--split", "validation", "--out", tmp_path / "ranks", ranks=3)
+    comparison.compare(comparison.grid(["aio3"], ["none"], 1, [2]), tmp_path / "processes", "validation", 1)
     processes, ranks = (sorted((tmp_path / name / "runs.jsonl").read_text().splitlines()) for name in ("processes", "ranks"))
     assert [json.loads(line)["psnr"] for line in processes] == [json.loads(line)["psnr"] for line in ranks]
     assert len(ranks) == 1
