@@ -14,7 +14,8 @@ from .runtime import InputError, atomic, read_bytes
 
 MEGAPIXELS = 128                              # of a file that is read without being told to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-logging.getLogger("tifffile").addHandler(logging.NullHandler())     # a broken file is told of once, by our InputError
+for name in ("tifffile", "PIL"):              # a broken file is told of once, by our InputError
+    logging.getLogger(name).addHandler(logging.NullHandler())
 
 
 def read_image(path):

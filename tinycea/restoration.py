@@ -112,10 +112,8 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
             pixels = read_pixels(file, megapixels)
             write_image(target, restore(pixels, model, window, threads), pixels.dtype)
             yield target
-        except InputError as error:
-            failed.append(str(error))
-        except MemoryError:
-            failed.append(f"{file}: too large for the memory at hand")
+        except (InputError, MemoryError) as error:
+            failed.append(str(error) if isinstance(error, InputError) else f"{file}: too large for the memory at hand")
     if failed:
         raise InputError(f"not restored: {'; '.join(failed)}")
 
