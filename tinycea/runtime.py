@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -173,13 +173,9 @@ def shared(threads):
     def share(function, jobs):
         given = {i: executor.submit(function, *job) for i, job in enumerate(jobs) if i % hands}
         return [given[i].result() if i in given else function(*job) for i, job in enumerate(jobs)]
-    if RANKS:
-        executor, hands = RANKS, RANKS.num_workers + 1
+    hands = RANKS.num_workers + 1 if RANKS else threads
+    with nullcontext(RANKS) if RANKS else ThreadPoolExecutor(threads) as executor:
         yield share
-    else:
-        with ThreadPoolExecutor(threads) as executor:
-            hands = threads
-            yield share
 
 
 @contextmanager

@@ -85,6 +85,13 @@ def finished(folder):
     return found
 
 
+def whole_lines(folder):
+    """A folder's runs.jsonl, open to append bytes after its last whole line: half a line goes."""
+    file = open(Path(folder) / "runs.jsonl", "a+b")
+    file.truncate(read_bytes(file.name).rfind(b"\n") + 1)
+    return file
+
+
 def compare(recipes, folder, split="test", jobs=2):
     """Train and test what `folder` does not hold yet -> lines as `finished`: of all recipes, and the degraded and classical rows.
 
@@ -102,11 +109,10 @@ def compare(recipes, folder, split="test", jobs=2):
     tasks += ((train_slice, cell, folder) for cell in cells([r for r in todo if not model_path(r, folder).exists()]))
     steps = {name(task[1]): 0 for task in tasks if task[0] is train_slice}
     jobs = runtime.RANKS.num_workers if runtime.RANKS else jobs
-    with locked(folder / "models"), open(folder / "runs.jsonl", "a+b") as file, interruptible() as interrupted, \
+    with locked(folder / "models"), whole_lines(folder) as file, interruptible() as interrupted, \
             nullcontext(runtime.RANKS) if runtime.RANKS else pool(jobs, keep_memory) as executor, \
             tqdm(total=sum(len(task[1]) * task[1][0].steps for task in tasks if task[0] is train_slice),
                  desc="comparing", unit="step", disable=None) as bar:
-        file.truncate(read_bytes(file.name).rfind(b"\n") + 1)             # half a line goes
         for (function, subject, *_), result in work(executor, tasks, jobs, interrupted):
             if function is train_slice:
                 bar.update(len(subject) * (result - steps[name(subject)]))

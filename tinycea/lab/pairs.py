@@ -20,20 +20,19 @@ WORDS = re.compile(r"(norain|rain|snow|hazy|haze|noisy|noise|blurry|blur|low|nor
 def keys(file):
     """Names by which an image may be a pair's: its own; without what says degraded or clean; up to the first _."""
     name = file.stem.lower()
-    bare = re.sub(r"[\W_]+", "_", WORDS.sub("", name)).strip("_")
-    return [name, bare, name.partition("_")[0]]
+    return [name, re.sub(r"[\W_]+", "_", WORDS.sub("", name)).strip("_"), name.partition("_")[0]]
 
 
 def matched(degraded, clean):
     """[(degraded file, clean file), ...] of two folders, and the files of both that have no partner."""
-    by_name = {}
+    (degraded, clean), by_name = (list_images([folder]) for folder in (degraded, clean)), {}
     for rank in range(2):
-        for file in list_images([clean]):
+        for file in clean:
             by_name.setdefault(keys(file)[rank], file)
-    found = [(file, next((by_name[key] for key in keys(file) if key in by_name), None)) for file in list_images([degraded])]
+    found = [(file, next((by_name[key] for key in keys(file) if key in by_name), None)) for file in degraded]
     partners = [partner for _, partner in found]
     return ([pair for pair in found if pair[1]],
-            [file for file, partner in found if not partner] + [file for file in list_images([clean]) if file not in partners])
+            [file for file, partner in found if not partner] + [file for file in clean if file not in partners])
 
 
 def judged(image, clean, luma):
@@ -44,8 +43,7 @@ def judged(image, clean, luma):
 
 def non_local_means(image):
     """Told no noise: sigma is estimated from the mean of |second differences| (Immerkaer 1996)."""
-    corner = np.diff(np.diff(image, 2, 0), 2, 1)
-    sigma = np.sqrt(np.pi / 2) / 6 * np.abs(corner).mean()
+    sigma = np.sqrt(np.pi / 2) / 6 * np.abs(np.diff(np.diff(image, 2, 0), 2, 1)).mean()
     return denoise_nl_means(image, 5, 6, 0.8 * sigma, sigma=sigma, channel_axis=-1)
 
 

@@ -18,7 +18,7 @@ from ..restoration import restore_rgb
 from ..runtime import machine, make_folder
 from ..scenes import Scene, crop, photographs
 from ..zoo import load_model
-from .comparison import cells, finished, grid, interval, model_path, train_slice
+from .comparison import cells, finished, grid, interval, model_path, train_slice, whole_lines
 
 # Rates relative to the network's, chosen on the validation half: 0.1 and 0.3 for CEA, the rivals' own of `tinycea compare`.
 MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "prompt": 0.3, "experts-token": 0.3,
@@ -31,9 +31,9 @@ def tested(model, split, folder):
     """Entry -> side -> PSNR in dB of a random crop of each photograph."""
     found = {}
     for entry in suite("stains"):
-        found[entry] = {side: [] for side in SIDES}
+        found[entry] = {str(side): [] for side in SIDES}
         for i, photo in enumerate(photographs(split, folder).values()):
-            for side, values in found[entry].items():
+            for side, values in zip(SIDES, found[entry].values()):
                 rng = np.random.default_rng([TEST_SEED, i, side, *entry.encode()])
                 scene = crop(Scene(photo), side, rng)
                 image = apply(scene, entry, rng)
@@ -62,12 +62,11 @@ def report(lines):
             for side in map(str, SIDES):
                 values = np.array([run[entry][side] for run in runs.values()])
                 text += f"{values.mean():8.2f}"
-                shared = [seed for seed in runs if seed in none]
-                if shared and runs is not none:
+                shared, gain = [seed for seed in runs if seed in none and runs is not none], ""
+                if shared:
                     ahead = np.array([np.subtract(runs[seed][entry][side], none[seed][entry][side]) for seed in shared])
-                    text += " {:+.2f} [{:+.2f}, {:+.2f}]".format(ahead.mean(), *interval(ahead))
-                else:
-                    text += " " * 21
+                    gain = " {:+.2f} [{:+.2f}, {:+.2f}]".format(ahead.mean(), *interval(ahead))
+                text += f"{gain:21s}"
             yield text
 
 
@@ -93,10 +92,10 @@ def main():
             if key not in have:
                 have[key] = {"recipe": recipe.__dict__, "split": args.split,
                              "psnr": tested(load_model(model_path(recipe, args.out)), args.split, args.test)}
-                with open(args.out / "runs.jsonl", "a") as file:
-                    file.write(json.dumps(have[key]) + "\n")
+                with whole_lines(args.out) as file:
+                    file.write(json.dumps(have[key]).encode() + b"\n")
     degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(None, args.split, args.test)}
-    lines = [json.loads(json.dumps(line)) for line in (degraded, *(have[json.dumps(recipe.__dict__)] for recipe in recipes))]
+    lines = [degraded, *(have[json.dumps(recipe.__dict__)] for recipe in recipes)]
     print(f"PSNR in dB, mean over {args.seeds} seeds and a crop of each photograph of the {args.split} split; gain over none "
           "with a 95 % interval" + "\n".join(report(lines)))
     print(f"{args.steps} steps; {machine()}")
