@@ -1,5 +1,5 @@
 """CEA's switches for ablation, composed of the same ops as `cea.cea`, which runs where none is set."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -9,6 +9,17 @@ from .params import accumulate
 from .runtime import InputError
 
 NORMS = {"image": "groupnorm", "token": "layernorm"}
+
+
+def check(config, **choices):
+    """InputError unless a configuration's fields are among their choices, its norm among NORMS, its integers positive."""
+    for name, valid in (choices | {"norm": tuple(NORMS)}).items():
+        if getattr(config, name) not in valid:
+            raise InputError(f"{name} is {getattr(config, name)!r}: choose one of {', '.join(map(repr, valid))}")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, int | None) and (not isinstance(value, field.type) or value is not None and value < 1):
+            raise InputError(f"{field.name} is {value!r}: expected a positive integer")
 
 
 @dataclass(frozen=True)
@@ -33,14 +44,8 @@ class CEAConfig:
     tokens: str = "X"
 
     def __post_init__(self):
-        for name, valid in (("affinity", ("signed", "softmax", "topk")), ("level", ("token", "image")),
-                            ("static", ("", "A", "U", "AU")), ("norm", tuple(NORMS)), ("tokens", ("X", "Xhat"))):
-            if getattr(self, name) not in valid:
-                raise InputError(f"cea {name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
-        D = 1 if self.probe_channels is None else self.probe_channels
-        for name, n in (("rank", self.rank), ("heads", self.heads), ("topk", self.topk), ("probe_channels", D)):
-            if not (isinstance(n, int) and n > 0):
-                raise InputError(f"cea {name} is {n!r}: expected a positive integer")
+        check(self, affinity=("signed", "softmax", "topk"), level=("token", "image"), static=("", "A", "U", "AU"),
+              tokens=("X", "Xhat"))
         if self.static == "AU" and self.tokens == "X":
             raise InputError("cea static is 'AU' and tokens 'X': nothing would read the normalized tokens")
         if self.affinity == "topk" and self.topk > self.rank:
@@ -59,15 +64,6 @@ def shapes(C, config):
         elif config.static != "AU" or name.startswith("norm"):
             found[name] = shape
     return found
-
-
-def init(p, rng):
-    """As `cea.init`; a static A is N(0, 1), a static U zero. A generated A starts smaller: it is made from means of tokens."""
-    cea.init({name: value for name, value in p.items() if name not in "AU"}, rng)
-    if "A" in p:
-        p["A"][...] = rng.normal(0, 1, p["A"].shape)
-    if "U" in p:
-        p["U"][...] = 0
 
 
 def forward(x, p, config, ops=cpu):

@@ -1,6 +1,6 @@
 """What CEA is compared with, under the same contract: token MLP, descriptor, prompt and experts, forward over backward.
 
-A family has a configuration and four functions: `shapes` and `init` of the parameters, forward and backward. Like CEA, all start
+A family has a configuration and three functions: the parameters' `shapes`, forward and backward. Like CEA, all start
 from the normalized features of a stage, X̂ = Norm(X), and end with a factor that starts at zero, so that Y = X. The norm is each
 token's own (LayerNorm) or the image's, as `CEAConfig.norm`.
 SG is NAFNet's simple gate: the product of the two halves of the channels. Sizes, and where the non-linearity sits, are our
@@ -14,19 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import ablations
-from .ablations import NORMS, CEAConfig, normalized, normalized_backward, repeated
+from .ablations import CEAConfig, check, normalized, normalized_backward, repeated
 from .cea import tokens
 from .ops import cpu
 from .params import accumulate
 from .runtime import InputError
-
-
-def _check(config, *positive):
-    if config.norm not in NORMS:
-        raise InputError(f"norm is {config.norm!r}: choose one of {', '.join(map(repr, NORMS))}")
-    for name in positive:
-        if not (isinstance(getattr(config, name), int) and getattr(config, name) > 0):
-            raise InputError(f"{name} is {getattr(config, name)!r}: expected a positive integer")
 
 
 def _normalized(x, p, config, ops):
@@ -44,7 +36,7 @@ class MLPConfig:
     norm: str = "token"
 
     def __post_init__(self):
-        _check(self, "hidden")
+        check(self)
 
 
 def mlp_shapes(C, config):
@@ -83,7 +75,7 @@ class DescriptorConfig:
     norm: str = "token"
 
     def __post_init__(self):
-        _check(self, "hidden")
+        check(self)
 
 
 def descriptor_shapes(C, config):
@@ -132,7 +124,7 @@ class PromptConfig:
     norm: str = "token"
 
     def __post_init__(self):
-        _check(self, "prompts", "size", "channels", "hidden")
+        check(self)
 
 
 def prompt_shapes(C, config):
@@ -187,11 +179,9 @@ class ExpertsConfig:
     norm: str = "token"
 
     def __post_init__(self):
-        _check(self, "experts", "topk", "rank")
+        check(self, level=("image", "token"))
         if self.topk > self.experts:
             raise InputError(f"topk is {self.topk}: expected at most the number of experts, {self.experts}")
-        if self.level not in ("image", "token"):
-            raise InputError(f"level is {self.level!r}: choose 'image' or 'token'")
         if not (isinstance(self.balance, (int, float)) and 0 <= self.balance < np.inf):
             raise InputError(f"balance is {self.balance!r}: expected a finite number of at least 0")
 
@@ -234,31 +224,31 @@ def experts_backward(dy, cache, g):
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 def init(p, rng):
-    """Fill parameters in place: matrices N(0, 1/rows), prompts and A N(0, 1), biases and the last factor (W, W_2, U) zero."""
-    last = next(name for name in ("U", "W", "W_2") if name in p)
+    """Fill an adapter's parameters in place: matrices N(0, 1/rows), Q, prompts P and a learned A N(0, 1), biases and the last
+    factor zero, so that Y = X."""
+    last = next(name for name in ("U", "W_U", "W", "W_2") if name in p)
     for name, value in p.items():
         if name == "norm.weight":
             value[...] = 1
         elif name == last or value.ndim == 1:
             value[...] = 0
         else:
-            value[...] = rng.normal(0, 1 if name in "PA" else value.shape[0]**-0.5, value.shape)
+            value[...] = rng.normal(0, 1 if name in "QPA" else value.shape[0]**-0.5, value.shape)
 
 
 class Family(NamedTuple):
     """A kind of adapter: its configuration's type, and its functions; see the top of this file."""
     config: type
     shapes: Callable
-    init: Callable
     forward: Callable
     backward: Callable
 
 
-FAMILIES = {"cea": Family(CEAConfig, ablations.shapes, ablations.init, ablations.forward, ablations.backward),
-            "mlp": Family(MLPConfig, mlp_shapes, init, mlp, mlp_backward),
-            "descriptor": Family(DescriptorConfig, descriptor_shapes, init, descriptor, descriptor_backward),
-            "prompt": Family(PromptConfig, prompt_shapes, init, prompt, prompt_backward),
-            "experts": Family(ExpertsConfig, experts_shapes, init, experts, experts_backward)}
+FAMILIES = {"cea": Family(CEAConfig, ablations.shapes, ablations.forward, ablations.backward),
+            "mlp": Family(MLPConfig, mlp_shapes, mlp, mlp_backward),
+            "descriptor": Family(DescriptorConfig, descriptor_shapes, descriptor, descriptor_backward),
+            "prompt": Family(PromptConfig, prompt_shapes, prompt, prompt_backward),
+            "experts": Family(ExpertsConfig, experts_shapes, experts, experts_backward)}
 
 
 def family(config):

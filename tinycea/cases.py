@@ -92,7 +92,7 @@ def cases(ops, seed=0):
 
     rivals = {"mlp": MLPConfig(hidden=4), "descriptor": DescriptorConfig(hidden=4), "prompt": PromptConfig(3, 4, 2, hidden=5)}
     for name, config in [*rivals.items(), ("mlp", MLPConfig(hidden=4, norm="image"))]:
-        _, shapes, _, forward, backward = FAMILIES[name]
+        _, shapes, forward, backward = FAMILIES[name]
         label = name + ", image norm" * (config.norm == "image")
         yield label, 1e-6, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
                                    n(3, 2, 7, 6), parameters(shapes(6, config)))
