@@ -188,21 +188,20 @@ def low(image, rng, strength=1.0, illumination=None):
 
 # Names, compositions and suites
 
+def on_image(formula, **options):
+    """A degradation of a scene that looks at nothing but its image."""
+    return lambda scene, rng, strength: formula(scene.image, rng, strength, **options)
+
+
 # Each takes (scene, rng, strength). The order is the one they are applied in: light, weather (CDD-11's order), lens, sensor.
 DEGRADATIONS = {
     "low": lambda scene, rng, strength: low(scene.image, rng, strength, illumination=scene.illumination),
-    "rain": lambda scene, rng, strength: rain(scene.image, rng, strength),
-    "snow": lambda scene, rng, strength: snow(scene.image, rng, strength),
+    "rain": on_image(rain), "snow": on_image(snow),
     "haze": lambda scene, rng, strength: haze(scene.image, rng, strength, depth=scene.depth),
     "blur": lambda scene, rng, strength: (motion, defocus)[rng.integers(2)](scene.image, rng, strength),
-    "motion": lambda scene, rng, strength: motion(scene.image, rng, strength),
-    "defocus": lambda scene, rng, strength: defocus(scene.image, rng, strength),
-    "gray-noise": lambda scene, rng, strength: gray_noise(scene.image, rng, strength),
-    "noise15": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=15),
-    "noise25": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=25),
-    "noise50": lambda scene, rng, strength: noise(scene.image, rng, strength, sigma=50),
-    "jpeg": lambda scene, rng, strength: jpeg(scene.image, rng, strength),
-}
+    "motion": on_image(motion), "defocus": on_image(defocus), "gray-noise": on_image(gray_noise),
+    "noise15": on_image(noise, sigma=15), "noise25": on_image(noise, sigma=25), "noise50": on_image(noise, sigma=50),
+    "jpeg": on_image(jpeg)}
 SUITES = {
     "aio3": ["noise15", "noise25", "noise50", "rain", "haze"],
     "aio5": ["noise25", "rain", "haze", "blur", "low"],
@@ -212,22 +211,17 @@ SUITES = {
     "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"]}
 
 
-def _ordered(names):
-    known = list(DEGRADATIONS)
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown degradation {name!r}; expected some of {', '.join(known)}, joined by +")
-    if len(set(names)) < len(names):
-        raise InputError(f"degradations {'+'.join(names)} repeat one; each may occur once")
-    return sorted(names, key=known.index)
-
-
 def compose(scene, names, rng, strength=1.0):
     """The image of a scene after several degradations, applied in the order of DEGRADATIONS however they are typed.
 
     Raises InputError for an unknown or repeated name.
     """
-    for name in _ordered(names):
+    for name in names:
+        if name not in DEGRADATIONS:
+            raise InputError(f"unknown degradation {name!r}; expected some of {', '.join(DEGRADATIONS)}, joined by +")
+    if len(set(names)) < len(names):
+        raise InputError(f"degradations {'+'.join(names)} repeat one; each may occur once")
+    for name in sorted(names, key=list(DEGRADATIONS).index):
         scene = scene._replace(image=DEGRADATIONS[name](scene, rng, strength))
     return scene.image
 

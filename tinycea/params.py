@@ -9,8 +9,8 @@ from safetensors.numpy import save as serialize
 from .runtime import InputError, atomic, read_bytes
 
 VERSION = 1                                   # of the checkpoint format
-KINDS = {"BOOL": "?", "BF16": "<bf16"} | {f"{letter}{8 * size}": f"<{kind}{size}" for letter, kind, sizes in (
-    ("F", "f", (2, 4, 8)), ("I", "i", (1, 2, 4, 8)), ("U", "u", (1, 2, 4, 8))) for size in sizes}
+KINDS = {"BOOL": "?", "F16": "<f2", "BF16": "<bf16", "F32": "<f4", "F64": "<f8",        # safetensors' names -> NumPy's
+         "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
 class Params(dict):
@@ -22,12 +22,10 @@ class Params(dict):
 
     def __init__(self, shapes, dtype=np.float32, flat=None):
         """All zero; or views of `flat`, a buffer of that length, on the GPU perhaps."""
-        self.flat = np.zeros(sum(math.prod(shape) for shape in shapes.values()), dtype) if flat is None else flat
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + math.prod(shape)
-            super().__setitem__(name, self.flat[start:stop].reshape(shape))
-            start = stop
+        sizes = list(map(math.prod, shapes.values()))
+        self.flat = np.zeros(sum(sizes), dtype) if flat is None else flat
+        parts = np.split(self.flat, np.cumsum(sizes[:-1], dtype=int).tolist())
+        super().__init__((name, part.reshape(shape)) for (name, shape), part in zip(shapes.items(), parts))
 
     def __setitem__(self, name, value):
         self[name][...] = value
@@ -42,17 +40,10 @@ class Params(dict):
 
     def copy(self):
         """A Params of its own with the same names and values."""
-        rebuild, arguments = self.__reduce__()
-        return rebuild(*arguments)
+        return self.over(self.flat.copy())
 
     def __reduce__(self):                     # for copy, deepcopy and pickle: a plain dict's would cut the views off the buffer
-        return _rebuilt, ({name: value.shape for name, value in self.items()}, self.flat)
-
-
-def _rebuilt(shapes, flat):
-    p = Params(shapes, flat.dtype)
-    p.flat[:] = flat
-    return p
+        return Params, ({name: value.shape for name, value in self.items()}, None, self.flat.copy())
 
 
 def under(p, prefix):
@@ -119,10 +110,9 @@ def metadata_in(path, data):
 
 def copy_into(p, tensors, source):
     """Copy named arrays into the views of p, all or none; a missing, unknown or mis-shaped name, or a NaN, is refused by name."""
-    for name in p:
+    for name in [*p, *tensors]:
         if name not in tensors:
             raise InputError(f"{source}: parameter {name} is missing")
-    for name in tensors:
         if name not in p:
             raise InputError(f"{source}: parameter {name} is unknown to this architecture")
     arrays = {}

@@ -1,4 +1,4 @@
-"""Names of networks, and model files: what a network is called, how it is saved and read, and NAFNet's own state."""
+"""Names of networks, and model files: what a network is called, how it is saved and read."""
 import json
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -57,14 +57,6 @@ def _literal(text):
 
 
 # ---- model files -----------------------------------------------------------------------------------------------------
-
-def load_nafnet_state(mapping, p):
-    """Copy arrays under the official NAFNet names, PyTorch's layout (O,I,kH,kW), into p; its adapters stay as they are.
-
-    Raises InputError naming the first missing, unknown or mis-shaped array; p is then unchanged.
-    """
-    copy_into({name: value for name, value in p.items() if not name.startswith("adapters.")}, mapping, "NAFNet state")
-
 
 def save_model(path, p, config, **metadata):
     """Write parameters and their configuration to a safetensors file."""

@@ -14,17 +14,13 @@ def backend(name):
     if name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "cuda":
-        _need_gpu()
+        try:
+            cupy = import_module("cupy")
+            found = cupy.cuda.runtime.getDeviceCount()
+        except ImportError:
+            raise InputError('the cuda backend needs CuPy: pip install "tinycea[cuda]" (for CUDA 12: cupy-cuda12x)') from None
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise InputError(f"the cuda backend needs an NVIDIA GPU and its driver ({error})") from None
+        if not found:
+            raise InputError("the cuda backend needs an NVIDIA GPU: CuPy finds none")
     return import_module(f"{__name__}.{name}")
-
-
-def _need_gpu():
-    try:
-        cupy = import_module("cupy")
-        found = cupy.cuda.runtime.getDeviceCount()
-    except ImportError:
-        raise InputError('the cuda backend needs CuPy: pip install "tinycea[cuda]" (for CUDA 12: cupy-cuda12x)') from None
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise InputError(f"the cuda backend needs an NVIDIA GPU and its driver ({error})") from None
-    if not found:
-        raise InputError("the cuda backend needs an NVIDIA GPU: CuPy finds none")

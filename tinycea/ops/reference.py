@@ -93,18 +93,18 @@ def groupnorm_backward(dy, cache):
     return _norm_gradients(dy, cache, tuple(range(1, dy.ndim)))
 
 
-def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
-    """A 1 x 1 convolution of the normalized x: `layernorm`, then `conv1x1`. x (B,H,W,I) -> (B,H,W,O)."""
-    u, c_norm = layernorm(x, norm_weight, norm_bias)
+def norm_conv1x1(x, norm_weight, norm_bias, weight, bias, norm=layernorm):
+    """A 1 x 1 convolution of the normalized x: `layernorm`, or a backend's own, then `conv1x1`. x (B,H,W,I) -> (B,H,W,O)."""
+    u, c_norm = norm(x, norm_weight, norm_bias)
     y, c_conv = conv1x1(u, weight, bias)
     return y, (c_norm, c_conv)
 
 
-def norm_conv1x1_backward(dy, cache):
+def norm_conv1x1_backward(dy, cache, norm_backward=layernorm_backward):
     """The two backwards in turn."""
     c_norm, c_conv = cache
     du, dweight, dbias = conv1x1_backward(dy, c_conv)
-    return *layernorm_backward(du, c_norm), dweight, dbias
+    return *norm_backward(du, c_norm), dweight, dbias
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
