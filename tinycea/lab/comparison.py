@@ -43,8 +43,15 @@ HEADLINE = ("wider", "static", "mlp", "descriptor", "prompt", "experts-image", "
 SUITES = ("aio3", "aio5", "cdd11", "patchwork")
 CELL_STEPS = 10_000                           # steps of all runs of a cell together, at most: what is trained side by side
 SLICE_SECONDS = 5                             # of training in one task; then its state is saved
+
+
+def non_local_means(image, h, sigma=0):
+    """Buades et al. 2005: patches of 5 pixels a side, up to 6 away. h: how unlike they may be; sigma: of the noise, where known."""
+    return denoise_nl_means(image, 5, 6, h, sigma=sigma, channel_axis=-1)
+
+
 CLASSICAL = {"total variation": (lambda image, s: denoise_tv_chambolle(image, s, channel_axis=-1), (0.02, 0.05, 0.1, 0.2)),
-             "non-local means": (lambda image, s: denoise_nl_means(image, 5, 6, s, channel_axis=-1), (0.03, 0.06, 0.1, 0.2))}
+             "non-local means": (non_local_means, (0.03, 0.06, 0.1, 0.2))}
 
 
 # ---- the grid --------------------------------------------------------------------------------------------------------
@@ -85,44 +92,40 @@ def finished(folder):
     return found
 
 
-def whole_lines(folder):
-    """A folder's runs.jsonl, open to append bytes after its last whole line: half a line goes."""
-    file = open(Path(folder) / "runs.jsonl", "a+b")
-    file.truncate(read_bytes(file.name).rfind(b"\n") + 1)
-    return file
-
-
-def compare(recipes, folder, split="test", jobs=2):
+def compare(recipes, folder, split="test", jobs=2, test=None):
     """Train and test what `folder` does not hold yet -> lines as `finished`: of all recipes, and the degraded and classical rows.
 
-    split: the photographs tested on, "test" or "validation". Ctrl-C saves the cells under way and raises KeyboardInterrupt.
+    split: the photographs tested on, "test" or "validation". test: another test than `test_model`, then of the recipes alone.
+    Ctrl-C saves the cells under way and raises KeyboardInterrupt.
     """
     folder, wanted = Path(folder), [asdict(recipe) for recipe in recipes]
     for recipe in recipes:
         network(recipe.adapter), suite(recipe.suite)          # what is misspelt is refused before anything is trained
     have = [line["recipe"] for line in finished(folder) if line["split"] == split]
     suites = dict.fromkeys(recipe.suite for recipe in recipes)
-    rows = [{"suite": s, "adapter": row} for s in suites for row in ("degraded", *CLASSICAL)]
+    rows = [] if test else [{"suite": s, "adapter": row} for s in suites for row in ("degraded", *CLASSICAL)]
+    test = test or test_model
     todo = [recipe for recipe, line in zip(recipes, wanted) if line not in have]
     tasks = deque((test_without_network, row, split) for row in rows if split == "test" and row not in have)
-    tasks += ((test_model, recipe, folder, split) for recipe in todo if model_path(recipe, folder).exists())
+    tasks += ((test, recipe, folder, split) for recipe in todo if model_path(recipe, folder).exists())
     tasks += ((train_slice, cell, folder) for cell in cells([r for r in todo if not model_path(r, folder).exists()]))
     steps = {name(task[1]): 0 for task in tasks if task[0] is train_slice}
     jobs = runtime.RANKS.num_workers if runtime.RANKS else jobs
-    with locked(folder / "models"), whole_lines(folder) as file, interruptible() as interrupted, \
+    with locked(folder / "models"), open(folder / "runs.jsonl", "a+b") as file, interruptible() as interrupted, \
             nullcontext(runtime.RANKS) if runtime.RANKS else pool(jobs, keep_memory) as executor, \
             tqdm(total=sum(len(task[1]) * task[1][0].steps for task in tasks if task[0] is train_slice),
                  desc="comparing", unit="step", disable=None) as bar:
+        file.truncate(read_bytes(file.name).rfind(b"\n") + 1)          # half a line goes
         for (function, subject, *_), result in work(executor, tasks, jobs, interrupted):
             if function is train_slice:
                 bar.update(len(subject) * (result - steps[name(subject)]))
                 steps[name(subject)] = result
-                tests = [(test_model, recipe, folder, split) for recipe in subject]
+                tests = [(test, recipe, folder, split) for recipe in subject]
                 tasks.extendleft([(train_slice, subject, folder)] if result < subject[0].steps else tests)
             else:
                 file.write(json.dumps(result).encode() + b"\n")
                 file.flush()
-                bar.set_postfix_str(f"{result['recipe']['suite']}, {result['recipe']['adapter']}: {matrix(result).mean():.2f} dB")
+                bar.set_postfix_str(f"{result['recipe']['suite']}, {result['recipe']['adapter']}: {mean(result['psnr']):.2f} dB")
         if interrupted():
             raise KeyboardInterrupt
     wanted += rows
@@ -242,6 +245,11 @@ def multiplications(config, side=64):
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
+
+def mean(values):
+    """The mean of dicts, of dicts, of numbers."""
+    return np.mean(list(map(mean, values.values()) if isinstance(values, dict) else values))
+
 
 def matrix(line, view="photographs"):
     """PSNR in dB of a line: (photographs, entries)."""

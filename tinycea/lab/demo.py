@@ -3,7 +3,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..degradations import patchwork
-from ..evaluation import TEST_SEED
+from ..evaluation import TEST_SEED, psnr
 from ..plots import label_region, save, show
 from ..restoration import restore
 from ..scenes import Scene, photographs
@@ -21,6 +21,5 @@ def publish(path, names=("noise25", "rain", "snow")):
             continue
         axes.contour(label, np.arange(len(names) - 1) + 0.5, colors="white", linewidths=1.2)
         for k, name in enumerate(names):
-            psnr = -10 * np.log10(np.mean((image - clean)[label == k] ** 2))
-            label_region(axes, label == k, f"{name}\n{psnr:.1f} dB")
+            label_region(axes, label == k, f"{name}\n{psnr(image[label == k], clean[label == k]):.1f} dB")
     save(figure, path)

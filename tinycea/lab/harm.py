@@ -7,11 +7,10 @@ non-local means, told the noise, with the best of five strengths for each row; a
 """
 import argparse
 import os
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import numpy as np
-from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
 from ..degradations import apply, jpeg, noise, suite
@@ -20,6 +19,7 @@ from ..restoration import restore
 from ..runtime import machine, pool
 from ..scenes import Scene, photographs
 from ..zoo import WEIGHTS, load_model
+from .comparison import non_local_means
 
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)         # of non-local means, times sigma
 
@@ -47,23 +47,21 @@ def known(folder, split, weights):
     return list(photographs(split, folder).values()), load_model(weights)
 
 
-def judged(folder, split, weights, classical, i):
+def judged(i, folder, split, weights, classical):
     """Row -> PSNR in dB of photograph i: degraded, restored, and of classical restorers by name."""
     photos, model = known(folder, split, weights)
     found = {}
     for row, degrade in ROWS.items():
         image = degrade(photos[i], np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
         clean = gray(photos[i]) if "gray photograph" in row else photos[i]
-        rivals = {}
+        images = {"degraded": image, "restored": restore(image, model)}
         if classical and row in SIGMAS:
             sigma = SIGMAS[row] / 255
-            for s in STRENGTHS:
-                rivals["non-local means", s] = denoise_nl_means(image, 5, 6, s * sigma, sigma=sigma, channel_axis=-1)
+            images |= {("non-local means", s): non_local_means(image, s * sigma, sigma) for s in STRENGTHS}
             if find_spec("bm3d"):
                 import bm3d
-                rivals["BM3D", 1] = bm3d.bm3d_rgb(image, sigma)
-        found[row] = {key: psnr(np.clip(y, 0, 1), clean)
-                      for key, y in ({"degraded": image, "restored": restore(image, model)} | rivals).items()}
+                images["BM3D", 1] = bm3d.bm3d_rgb(image, sigma)
+        found[row] = {key: psnr(np.clip(y, 0, 1), clean) for key, y in images.items()}
     return found
 
 
@@ -93,7 +91,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     count = len(known(args.folder, args.split, args.weights)[0])
     with pool(os.cpu_count()) as executor:
-        jobs = [executor.submit(judged, args.folder, args.split, args.weights, args.classical, i) for i in range(count)]
-        results = [job.result() for job in tqdm(jobs, desc="photographs", disable=None)]
+        found = executor.map(partial(judged, **vars(args)), range(count))
+        results = list(tqdm(found, total=count, desc="photographs", disable=None))
     print("\n".join(table(results)))
     print(f"{count} photographs of the {args.split} split, whole, seed {TEST_SEED}; {machine()}")

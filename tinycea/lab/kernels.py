@@ -22,19 +22,17 @@ if __name__ == "__main__":
     with cupy.installed():
         cuda = importlib.import_module("tinycea.ops.cuda")
         norm, probe, own = f", {C}", f", {C}, {M}, {cuda._tile(M, SINGLE)}", f", {C}, {R}, {cuda._tile(R, SINGLE)}"
-        templates = {"layernorm": norm, "layernorm_backward": norm, "probe_combine": norm,
-                     "probe": probe, "probe_backward": probe, "assembly": own, "assembly_backward": own,
-                     "assembly, float16": f"{own}, __half", "assembly_backward, float16": f"{own}, __half",
-                     "assembly_tf32": f", {C}, {WIDE}, 64", "assembly_tf32_backward": f", {C}, {WIDE}, 32"}
-        files = {"layernorm": ["layernorm", "layernorm_backward"], "probe": ["probe", "probe_combine", "probe_backward"],
-                 "assembly": ["assembly", "assembly_backward", "assembly, float16", "assembly_backward, float16"],
-                 "depthwise": ["depthwise", "gated_depthwise", "gated_depthwise_backward"],
-                 "assembly_tf32": ["assembly_tf32", "assembly_tf32_backward"],
-                 "scale": ["scale", "scale_backward"], "column_sum": ["column_sum"], "adamw": ["adamw"]}
+        files = {"layernorm": {"layernorm": norm, "layernorm_backward": norm},             # file -> kernel -> its template
+                 "probe": {"probe": probe, "probe_combine": norm, "probe_backward": probe},
+                 "assembly": {"assembly": own, "assembly_backward": own,
+                              "assembly, float16": f"{own}, __half", "assembly_backward, float16": f"{own}, __half"},
+                 "depthwise": {"depthwise": "", "gated_depthwise": "", "gated_depthwise_backward": ""},
+                 "assembly_tf32": {"assembly_tf32": f", {C}, {WIDE}, 64", "assembly_tf32_backward": f", {C}, {WIDE}, 32"},
+                 "scale": {"scale": "", "scale_backward": ""}, "column_sum": {"column_sum": ""}, "adamw": {"adamw": ""}}
         print(f"{'':26s} {'registers':>11s} {'shared':>7s} {'spills':>7s} {'moves':>9s} {'computes':>11s} {'FLOP/byte':>9s}")
         print(f"{'':26s} {'80/90/100':>11s} {'bytes':>7s} {'bytes':>7s}")
         for file, kernels in files.items():
-            names = [f"{kernel.split(',')[0]}<float{templates.get(kernel, '')}>" for kernel in kernels]
+            names = [f"{kernel.split(',')[0]}<float{template}>" for kernel, template in kernels.items()]
             costs = [nvrtc.compile("#include <cuda_fp16.h>\n" + cuda.source(file), names, arch) for arch in nvrtc.ARCHITECTURES]
             for kernel, name in zip(kernels, names):
                 registers = "/".join(str(cost[name]["registers"]) for cost in costs)

@@ -10,7 +10,6 @@ token from another. The layer can do both: its probe reads the tints off the pic
 """
 import os
 from collections import defaultdict
-from concurrent.futures import as_completed
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -186,13 +185,12 @@ def theory(task, x, J, a):
 
 def trials(tasks, steps, folder):
     """(task's name, model) -> the result of its `trial`, computed side by side under a progress bar."""
-    jobs = list(product(tasks, MODELS))
-    with pool(os.cpu_count()) as executor, tqdm(total=len(jobs), desc="teaching", unit="layer", disable=None) as bar:
-        running = {executor.submit(trial, tasks[name], MODELS[model], steps, folder): (name, model) for name, model in jobs}
-        for future in as_completed(running):
+    with pool(os.cpu_count()) as executor:
+        running = {(name, model): executor.submit(trial, tasks[name], MODELS[model], steps, folder)
+                   for name, model in product(tasks, MODELS)}
+        for future in (bar := tqdm(running.values(), desc="teaching", unit="layer", disable=None)):
             bar.set_postfix_str(f"last {future.result()[1].mean():.2f} dB")
-            bar.update()
-    return {job: future.result() for future, job in running.items()}
+    return {job: future.result() for job, future in running.items()}
 
 
 def publish(folder=None, out="mechanism.png", steps=2000):
