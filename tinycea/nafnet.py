@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import ablations
+from . import ablations, adapters
 from .ablations import CEAConfig
 from .adapters import FAMILIES, family
-from .adapters import init as init_adapter
 from .ops import cpu
 from .params import Params, accumulate, under
 from .runtime import InputError
@@ -130,7 +129,7 @@ def init(config, rng, dtype=np.float32):
             if name[:-6] + "bias" in p:
                 p[name[:-6] + "bias"][...] = rng.uniform(-bound, bound, len(value))
     for stage in config.adapted():
-        init_adapter(under(p, f"adapters.{stage}"), rng)
+        adapters.init(under(p, f"adapters.{stage}"), rng)
     return p
 
 

@@ -37,15 +37,14 @@ def network(name):
         raise InputError(f"unknown adapter {name!r}: choose one of {', '.join(ADAPTERS)}")
     config = ADAPTERS[name]
     own, whole = ([field.name for field in fields(c)] if c else [] for c in (config.adapter, config))
-    given = {"adapter": {}, "network": {}}
+    of_adapter, of_network = {}, {}
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
         if key not in own + whole or key == "adapter":
             raise InputError(f"unknown option {option!r} of adapter {name}: choose among {', '.join(own + whole)}")
         value = tuple(map(_literal, text.split("+"))) if key in ("slots", "encoders", "decoders") else _literal(text)
-        given["adapter" if key in own else "network"][key] = value
-    adapter = config.adapter and replace(config.adapter, **given["adapter"])
-    return replace(config, adapter=adapter, **given["network"])
+        (of_adapter if key in own else of_network)[key] = value
+    return replace(config, adapter=config.adapter and replace(config.adapter, **of_adapter), **of_network)
 
 
 def _literal(text):

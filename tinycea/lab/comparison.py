@@ -46,7 +46,7 @@ SLICE_SECONDS = 5                             # of training in one task; then it
 
 
 def non_local_means(image, h, sigma=0):
-    """Buades et al. 2005: patches of 5 pixels a side, up to 6 away. h: how unlike they may be; sigma: of the noise, where known."""
+    """Buades et al. 2005: patches of 5 pixels a side, up to 6 away. h: how unlike they may be; sigma: the noise, if known."""
     return denoise_nl_means(image, 5, 6, h, sigma=sigma, channel_axis=-1)
 
 

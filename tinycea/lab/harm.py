@@ -24,11 +24,6 @@ from .comparison import non_local_means
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)         # of non-local means, times sigma
 
 
-def gray_noise(image, rng):
-    """A gray photograph, noise of 25/255 equal in all channels, cut to 8 bits."""
-    return noise(gray(image), rng, sigma=25)[..., [0, 0, 0]]
-
-
 def gray(image):
     return image.mean(-1, keepdims=True)[..., [0, 0, 0]]
 
@@ -37,7 +32,7 @@ ROWS = {"clean": lambda image, rng: image, "jpeg, quality 90": lambda image, rng
         "jpeg, quality 40": lambda image, rng: jpeg(image, rng, quality=40)} | {
     entry: lambda image, rng, entry=entry: apply(Scene(image), entry, rng)
     for entry in dict.fromkeys(("noise15", "noise25", "noise50", *suite("everyday+cdd11+patchwork"))) if entry != "jpeg"} | {
-    "gray photograph, noise 25": gray_noise}
+    "gray photograph, noise 25": lambda image, rng: noise(gray(image), rng, sigma=25)[..., [0, 0, 0]]}    # channels alike
 SIGMAS = {"noise15": 15, "noise25": 25, "noise50": 50, "gray photograph, noise 25": 25}
 
 

@@ -11,7 +11,7 @@ token from another. The layer can do both: its probe reads the tints off the pic
 import os
 from collections import defaultdict
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -98,10 +98,7 @@ def bank(task):
     return contents(photos, SIDE, 2000, rng), AMOUNTS[task.amounts](fields(500, SIDE, task.K, rng))
 
 
-@cache
-def tested_on(folder):
-    """The test photographs, read once for all tasks and sizes."""
-    return photographs("test", folder)
+tested_on = cache(partial(photographs, "test"))          # the test photographs of a folder, read once for all tasks and sizes
 
 
 @cache
