@@ -143,7 +143,7 @@ def test_a_short_run_from_the_command_line(tmp_path, photo):
     assert again.returncode == 2 and "holds files already" in again.stderr
 
 
-@pytest.mark.parametrize("command, names", [("train", [*ADAPTERS, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),
+@pytest.mark.parametrize("command, names", [("train", [*{*ADAPTERS} - {"told"}, *SUITES, *BACKENDS]), ("degrade", DEGRADATIONS),
                                             ("gradcheck", BACKENDS)])
 def test_help_lists_every_name(capsys, command, names):
     with pytest.raises(SystemExit):

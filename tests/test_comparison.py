@@ -32,7 +32,7 @@ def cell(folder, recipes=RECIPES):
     (folder / "models").mkdir(parents=True, exist_ok=True)
     while compare.train_slice(recipes, folder) < recipes[0].steps:
         pass
-    return [compare.test_model(recipe, folder, "test") for recipe in recipes]
+    return [compare.test_model(recipe, folder, compare.Split("test", None)) for recipe in recipes]
 
 
 def weights(folder, recipe):
@@ -104,7 +104,7 @@ def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
 
 
 def test_rows_without_a_network_are_told_the_best_strength():
-    degraded, tv, nlm = (compare.test_without_network({"suite": "patchwork", "adapter": row}, "test")
+    degraded, tv, nlm = (compare.test_without_network({"suite": "patchwork", "adapter": row}, compare.Split("test", None))
                          for row in ("degraded", "total variation", "non-local means"))
     assert compare.matrix(tv).mean() > compare.matrix(degraded).mean() < compare.matrix(nlm).mean()
     assert nlm["strengths"]["patchwork"] in compare.CLASSICAL["non-local means"][1] and "strengths" not in degraded
@@ -179,6 +179,14 @@ def test_a_seed_that_cea_lacks_is_left_out_of_the_difference():
     found = lines(cea=20, wider=21.5)
     cea, other = compare.rows(found[:1] + found[2:])
     assert other["minus_cea"]["all"] == (1.5, 1.5, 1.5) and cea["sd"] is None
+
+
+def test_the_ceiling_is_what_a_told_network_gains_if_it_gains():
+    none, told, half, cea = compare.rows(lines(none=20, told=24, mlp=22, cea=23))
+    assert [row["ceiling"] for row in (none, told, half, cea)] == [4] * 4 and half["minus_none"]["all"] == (2, 2, 2)
+    text = compare.format_rows([none, told, half, cea])
+    assert " 50%" in text and " 75%" in text and "100%" in text and "minus_none" not in none
+    assert all(row["ceiling"] is None for row in compare.rows(lines(none=20, told=19, cea=23)))
 
 
 def test_interval_is_as_wide_as_seeds_and_photographs_make_it():

@@ -305,7 +305,7 @@ def test_every_parameter_gets_a_gradient(adapter):
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
     g = p.zeros_like()
-    restored, cache = nafnet.nafnet(rng.random((2, 15, 18, 3)), p, config, reference)
+    restored, cache = nafnet.nafnet(rng.random((2, 15, 18, 3 + config.told)), p, config, reference)
     _, c_loss = reference.psnr_loss(restored, rng.random(restored.shape))
     nafnet.nafnet_backward(reference.psnr_loss_backward(1.0, c_loss)[0], cache, g)
     assert not [name for name, value in g.items() if not value.any()]
@@ -316,7 +316,7 @@ def test_gradients_are_added_never_written_over(adapter):
     rng, config = np.random.default_rng(0), replace(network(adapter), width=8)
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
-    image = rng.random((2, 7, 10, 3))
+    image = rng.random((2, 7, 10, 3 + config.told))
     y, cache = nafnet.nafnet(image, p, config, reference)
     once, more = p.zeros_like(), p.zeros_like()
     start = rng.normal(size=more.flat.shape)

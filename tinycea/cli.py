@@ -55,11 +55,14 @@ def parser():
 
     sub = command(compare, "train adapters on the same batches, test them, and print what each buys (45 minutes by default)")
     sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday (default the first four)")
-    sub.add_argument("--adapters", nargs="+", help="as train's --adapter (default wider and cea with its rivals)")
+    sub.add_argument("--adapters", nargs="+", help="as train's --adapter, and told, the ceiling: it is given what each "
+                     "pixel has (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
     sub.add_argument("--rates", type=positive, nargs="+", help="learning rates of the adapters, times the network's")
     sub.add_argument("--split", choices=("test", "validation"), default="test", help="photographs to test on (default test)")
+    sub.add_argument("--test", type=path, metavar="DIR", help="a folder of photographs to test on: its last, or first, hundred")
+    sub.add_argument("--images", type=path, metavar="DIR", help="a folder of photographs to train on")
     sub.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes (default one for each core)")
     sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR", help="what it holds is not trained again")
     sub.add_argument("--quick", action="store_true", help="two adapters, one suite, one seed, 60 steps: a minute")
@@ -160,11 +163,11 @@ def train(args):
 
 def compare(args):
     from .lab import comparison
-    options = given(args, "suites", "adapters", "seeds", "steps", "rates")
+    options = given(args, "suites", "adapters", "seeds", "steps", "rates", "images")
     quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
     recipes = comparison.grid(**quick | options)
     try:
-        lines = comparison.compare(recipes, args.out, args.split, args.jobs)
+        lines = comparison.compare(recipes, args.out, args.split, args.jobs, args.test)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
     comparison.publish(recipes, lines, Path(args.out), args.split)

@@ -15,8 +15,8 @@ CROP = 96                                     # pixels a side
 
 
 @cache
-def test_set(entries, split="test", view="photographs", draws=None, degrade=apply):
-    """[(entry, photograph, degraded, clean), ...] of a split of `scenes.photographs`, always the same.
+def test_set(entries, split="test", view="photographs", draws=None, degrade=apply, images=None):
+    """[(entry, photograph, degraded, clean), ...] of a split of `scenes.photographs`, or of a folder `images`, always the same.
 
     entries: a tuple, as `suite`'s.
     view: "photographs", whole as in use, or "crops" of CROP x CROP pixels, degraded one by one as in training: a network that has
@@ -25,7 +25,7 @@ def test_set(entries, split="test", view="photographs", draws=None, degrade=appl
     degrade: f(scene, entry, rng) -> image.
     """
     found = []
-    for j, (photo, clean) in enumerate(photographs(split).items()):
+    for j, (photo, clean) in enumerate(photographs(split, images).items()):
         for entry, draw in product(entries, range(draws or max(1, VIEWS[view] // len(entries)))):
             rng = np.random.default_rng([TEST_SEED, j, draw, *entry.encode()])
             scene = crop(Scene(clean), CROP, rng) if view == "crops" else Scene(clean)

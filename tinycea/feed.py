@@ -6,10 +6,11 @@ from functools import cache
 
 import numpy as np
 
-from .degradations import apply, suite
+from .degradations import apply, suite, told
 from .images import folder
 from .runtime import InputError, pool
 from .scenes import Scene, crop, dead_leaves, photographs, pyramid, varied
+from .zoo import network
 
 INIT, SCENES, BATCHES = 1, 2, 3               # the random streams of a run: default_rng([seed, stream, ...])
 LARGEST = 1500                                # pixels a side of a photograph in memory; larger ones at half, a quarter, ...
@@ -31,6 +32,11 @@ def photos(images, patch):
     return scenes
 
 
+def degrader(adapter):
+    """What makes the images that a network takes: `apply`, or `told` for one that is told."""
+    return told if network(adapter).told else apply
+
+
 def batch(recipe, step):
     """Degraded and clean patches (B,P,P,3) of one step, half from dead leaves and half from photographs.
 
@@ -46,7 +52,7 @@ def batch(recipe, step):
         if not recipe.nominal:
             scene, strength = varied(scene, rng), rng.uniform(0.2, 1.3)
             entry = "clean" if rng.random() < 0.1 else entry
-        degraded = apply(scene, entry, rng, strength)
+        degraded = degrader(recipe.adapter)(scene, entry, rng, strength)
         if not recipe.nominal and np.ptp(scene.image, -1).max() == 0 and rng.random() < 0.5:
             degraded = np.repeat(degraded[..., :1], 3, -1)
         pairs.append((degraded, scene.image))

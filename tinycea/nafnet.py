@@ -16,7 +16,7 @@ from .params import Params, accumulate, under
 from .runtime import InputError
 
 LIMITS = {"width": (1, 1024), "encoders": (0, 100), "middle": (0, 100), "decoders": (0, 100), "unshuffle": (1, 8),
-          "local": (0, 2**20)}
+          "local": (0, 2**20), "told": (0, 64)}
 PARAMETERS = 2**28                            # of a network, at most
 
 
@@ -31,6 +31,8 @@ class NAFNetConfig:
     centered: whether `centered` feeds colors in [-1,1], as tinycea trains, or in [0,1], as NAFNet.
     local: SCA averages over windows of 1.5 times so many pixels instead of the whole image (test-time local converter, TLC, of
     Chu et al. 2021; forward only): those of the training patches. 0: the whole image.
+    told: channels of a label behind an image's colors, from which every stage gets a scale and a shift per channel and pixel: a
+    network that is told what others must recognize, see `degradations.told`.
     """
     width: int = 24
     encoders: tuple = (1,)
@@ -42,6 +44,7 @@ class NAFNetConfig:
     sca: bool = True
     centered: bool = True
     local: int = 0
+    told: int = 0
 
     def __post_init__(self):
         if self.adapter is not None and family(self.adapter) is None:
@@ -110,6 +113,8 @@ def shapes(config):
         result |= _conv(f"ups.{len(config.encoders) - 1 - i}.0", deep, 2 * deep, bias=False)
     for name, (C, blocks) in config.stages().items():
         result |= {f"{name}.{j}.{key}": shape for j in range(blocks) for key, shape in block_shapes(C, config.sca).items()}
+        if config.told:
+            result[f"told.{name}.weight"] = (config.told, 2 * C)
         if name in config.adapted():
             result |= {f"adapters.{name}.{key}": shape for key, shape in family(config.adapter).shapes(C, config.adapter).items()}
     if (count := sum(map(math.prod, result.values()))) > PARAMETERS:
@@ -123,7 +128,7 @@ def init(config, rng, dtype=np.float32):
     for name, value in p.items():
         if "norm" in name:
             value[...] = name.endswith("weight")
-        elif name.endswith("weight"):
+        elif name.endswith("weight") and not name.startswith("told"):
             bound = value[0].size**-0.5
             value[...] = rng.uniform(-bound, bound, value.shape)
             if name[:-6] + "bias" in p:
@@ -213,23 +218,24 @@ def _layers(keep):
 def nafnet(image, p, config, ops=cpu, keep=True):
     """Restore a batch of images (B,H,W,3), any size from 1 x 1 up -> same shape, cache. keep=False drops the caches as it goes.
 
-    InputError for anything but floats of that shape.
+    A network that is told takes (B,H,W,3+told). InputError for anything but floats of that shape.
     """
-    _check(image)
+    _check(image, 3 + config.told)
     H, W = image.shape[1:3]
     caches, layer = _layers(keep)
-    x = layer("unshuffle", ops.pixel_unshuffle(_pad(image, config), config.unshuffle))
+    image, label = (padded := _pad(image, config))[..., :3], padded[..., 3:]
+    x = layer("unshuffle", ops.pixel_unshuffle(image, config.unshuffle))
     y = layer("intro", ops.conv3x3(x, p["intro.weight"], p["intro.bias"]))
     skips = []
     for i in range(len(config.encoders)):
-        y = layer(f"encoders.{i}", _stage(y, p, f"encoders.{i}", config, ops, keep))
+        y = layer(f"encoders.{i}", _stage(y, label, p, f"encoders.{i}", config, ops, keep))
         skips.append(y)
         y = layer(f"downs.{i}", ops.down2x2(y, p[f"downs.{i}.weight"], p[f"downs.{i}.bias"]))
-    y = layer("middle_blks", _stage(y, p, "middle_blks", config, ops, keep))
+    y = layer("middle_blks", _stage(y, label, p, "middle_blks", config, ops, keep))
     for i in range(len(config.decoders)):
         y = layer(f"ups.{i}.0", ops.conv1x1(y, p[f"ups.{i}.0.weight"]))
         y = layer(f"ups.{i}.1", ops.pixel_shuffle(y)) + skips.pop()
-        y = layer(f"decoders.{i}", _stage(y, p, f"decoders.{i}", config, ops, keep))
+        y = layer(f"decoders.{i}", _stage(y, label, p, f"decoders.{i}", config, ops, keep))
     y = layer("ending", ops.conv3x3(y, p["ending.weight"], p["ending.bias"])) + x
     y = layer("shuffle", ops.pixel_shuffle(y, config.unshuffle))
     return y[:, :H, :W], (caches, config, ops)
@@ -276,7 +282,7 @@ def centered_backward(dy, cache, g):
 def anatomies(cache):
     """What each CEA layer of a forward pass (with keep=True) wrote: stage -> its `ablations.anatomy`."""
     caches, config, _ = cache
-    return {stage: ablations.anatomy(caches[stage][1]) for stage in config.adapted()}
+    return {stage: ablations.anatomy(caches[stage][-2]) for stage in config.adapted()}
 
 
 def _pad(image, config):
@@ -285,27 +291,37 @@ def _pad(image, config):
     return np.pad(image, ((0, 0), (0, -image.shape[1] % m), (0, -image.shape[2] % m), (0, 0)))
 
 
-def _stage(x, p, name, config, ops, keep):
-    """The blocks of one stage, then its adapter if it has one."""
-    caches, adapter = [], None
+def _stage(x, label, p, name, config, ops, keep):
+    """The blocks of one stage; x + x γ + β with (γ, β) = label W, if it is told; then its adapter if it has one."""
+    caches, told, adapter = [], None, None
     for j in range(config.stages()[name][1]):
         x, cache = nafblock(x, under(p, f"{name}.{j}"), ops, keep, config.window(name))
         caches.append(cache)
+    if config.told:
+        B, h, w, C = x.shape
+        means = label.reshape(B, h, label.shape[1] // h, w, label.shape[2] // w, -1).mean((2, 4))
+        film, cache = ops.linear(means, p[f"told.{name}.weight"])
+        told = cache, film, x, ops
+        x = x + x * film[..., :C] + film[..., C:]
     if name in config.adapted():
         x, adapter = family(config.adapter).forward(x, under(p, f"adapters.{name}"), config.adapter, ops)
-    return x, (caches, adapter, config)
+    return x, (caches, told, adapter, config)
 
 
 def _stage_backward(dx, cache, g, name):
-    caches, adapter, config = cache
+    caches, told, adapter, config = cache
     if adapter is not None:
         dx = family(config.adapter).backward(dx, adapter, under(g, f"adapters.{name}"))
+    if told:
+        cache, film, x, ops = told
+        accumulate(g, ops.linear_backward(np.concatenate((dx * x, dx), -1), cache), f"told.{name}.weight")
+        dx = dx + dx * film[..., :x.shape[-1]]
     for j in reversed(range(len(caches))):
         dx = nafblock_backward(dx, caches[j], under(g, f"{name}.{j}"))
     return dx
 
 
-def _check(image):
-    if getattr(image, "ndim", None) != 4 or image.shape[-1] != 3 or 0 in image.shape or image.dtype.kind != "f":
+def _check(image, channels):
+    if getattr(image, "ndim", None) != 4 or image.shape[-1] != channels or 0 in image.shape or image.dtype.kind != "f":
         kind, shape = getattr(image, "dtype", type(image)), getattr(image, "shape", "")
-        raise InputError(f"image is {kind} {shape}: expected floats (B,H,W,3)")
+        raise InputError(f"image is {kind} {shape}: expected floats (B,H,W,{channels})")

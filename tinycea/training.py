@@ -211,7 +211,9 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
     """
     recipe = recipe_for(**options)
     out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
-    network(recipe.adapter), backend(recipe.backend), suite(recipe.suite)         # what is misspelt leaves no folder
+    backend(recipe.backend), suite(recipe.suite)                                  # what is misspelt leaves no folder
+    if network(recipe.adapter).told:
+        raise InputError(f"adapter {recipe.adapter} is told what to restore, as no photograph can: it is for `tinycea compare`")
     if recipe.images:
         next(folder(recipe.images))
     keep_memory()

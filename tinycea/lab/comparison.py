@@ -14,11 +14,12 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,9 +27,9 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from tqdm import tqdm
 
 from .. import runtime
-from ..degradations import suite
+from ..degradations import apply, suite
 from ..evaluation import VIEWS, psnr, test_set
-from ..feed import batch
+from ..feed import batch, degrader
 from ..nafnet import nafnet, shapes
 from ..ops import backend, reference
 from ..ops.cpu import keep_memory
@@ -67,8 +68,8 @@ def cells(recipes):
     """Recipes that share their batches, in lists of at most CELL_STEPS steps in all: what one process trains side by side."""
     alike = defaultdict(list)
     for recipe in recipes:
-        alike[replace(recipe, adapter="", adapter_lr=0)].append(recipe)
-    for shared, members in alike.items():
+        alike[replace(recipe, adapter="", adapter_lr=0), degrader(recipe.adapter)].append(recipe)
+    for (shared, _), members in alike.items():
         size = max(1, CELL_STEPS // shared.steps)
         yield from (members[i:i + size] for i in range(0, len(members), size))
 
@@ -92,21 +93,23 @@ def finished(folder):
     return found
 
 
-def compare(recipes, folder, split="test", jobs=2, test=None):
-    """Train and test what `folder` does not hold yet -> lines as `finished`: of all recipes, and the degraded and classical rows.
+def compare(recipes, folder, split="test", jobs=2, photos=None, test=None):
+    """Train and test what `folder` does not hold yet -> lines as `finished`: of all recipes, of degraded and classical rows.
 
-    split: the photographs tested on, "test" or "validation". test: another test than `test_model`, then of the recipes alone.
-    Ctrl-C saves the cells under way and raises KeyboardInterrupt.
+    split: the photographs tested on, "test" or "validation". photos: a folder of them, instead of scikit-image's: a crop of each
+    one and entry. test: another test than `test_model`, then of the recipes alone. Ctrl-C saves the cells under way and
+    raises KeyboardInterrupt.
     """
     folder, wanted = Path(folder), [asdict(recipe) for recipe in recipes]
     for recipe in recipes:
         network(recipe.adapter), suite(recipe.suite)          # what is misspelt is refused before anything is trained
-    have = [line["recipe"] for line in finished(folder) if line["split"] == split]
+    split = Split(split, photos and os.path.realpath(photos))
+    have = [line["recipe"] for line in finished(folder) if line["split"] == str(split)]
     suites = dict.fromkeys(recipe.suite for recipe in recipes)
     rows = [] if test else [{"suite": s, "adapter": row} for s in suites for row in ("degraded", *CLASSICAL)]
     test = test or test_model
     todo = [recipe for recipe, line in zip(recipes, wanted) if line not in have]
-    tasks = deque((test_without_network, row, split) for row in rows if split == "test" and row not in have)
+    tasks = deque((test_without_network, row, split) for row in rows if split.name == "test" and row not in have)
     tasks += ((test, recipe, folder, split) for recipe in todo if model_path(recipe, folder).exists())
     tasks += ((train_slice, cell, folder) for cell in cells([r for r in todo if not model_path(r, folder).exists()]))
     steps = {name(task[1]): 0 for task in tasks if task[0] is train_slice}
@@ -129,7 +132,7 @@ def compare(recipes, folder, split="test", jobs=2, test=None):
         if interrupted():
             raise KeyboardInterrupt
     wanted += rows
-    return [line for line in finished(folder) if line["recipe"] in wanted and line["split"] == split]
+    return [line for line in finished(folder) if line["recipe"] in wanted and line["split"] == str(split)]
 
 
 def work(executor, tasks, jobs, interrupted):
@@ -147,6 +150,15 @@ def work(executor, tasks, jobs, interrupted):
                 yield running.pop(future), future.result()
             except BrokenProcessPool:
                 raise InputError("a process of the comparison has died, perhaps for want of memory") from None
+
+
+class Split(NamedTuple):
+    """The photographs tested on: the split's name, and a folder or None."""
+    name: str
+    photos: str | None
+
+    def __str__(self):
+        return f"{self.name} of {Path(self.photos).name}" if self.photos else self.name
 
 
 # ---- one task --------------------------------------------------------------------------------------------------------
@@ -190,9 +202,9 @@ def test_model(recipe, folder, split):
     """The line of a trained network."""
     path = model_path(recipe, folder)
     (p, config), (_, metadata) = load_model(path), load(path)
-    return {"recipe": asdict(recipe), "split": split, "parameters": p.flat.size,
+    return {"recipe": asdict(recipe), "split": str(split), "parameters": p.flat.size,
             "multiplications_per_pixel": multiplications(config), "milliseconds_per_step": metadata.get("milliseconds_per_step"),
-            "psnr": tested(lambda image, entry: restore_rgb(image, p, config), recipe.suite, split),
+            "psnr": tested(lambda image, entry: restore_rgb(image, p, config), recipe.suite, split, degrader(recipe.adapter)),
             "machine": machine(), "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
             "versions": {"tinycea": version("tinycea"), "numpy": np.__version__}}
 
@@ -204,17 +216,19 @@ def test_without_network(row, split):
     """
     entries = suite(row["suite"])
     if row["adapter"] == "degraded":
-        return {"recipe": row, "split": split, "psnr": tested(lambda image, entry: image, row["suite"], split)}
+        return {"recipe": row, "split": str(split), "psnr": tested(lambda image, entry: image, row["suite"], split)}
     restorer, strengths = CLASSICAL[row["adapter"]]
     found = [scores(lambda image, entry: restorer(image, s), test_set(entries, "validation", "crops")) for s in strengths]
     best = {entry: strengths[np.argmax([np.mean(list(score[entry].values())) for score in found])] for entry in entries}
     values = tested(lambda image, entry: restorer(image, best[entry]), row["suite"], split)
-    return {"recipe": row, "split": split, "psnr": values, "strengths": best}
+    return {"recipe": row, "split": str(split), "psnr": values, "strengths": best}
 
 
-def tested(restorer, suite_name, split):
+def tested(restorer, suite_name, split, degrade=apply):
     """PSNR in dB of restorer(image, entry), averaged over draws: view -> entry -> photograph -> dB."""
-    return {view: scores(restorer, test_set(suite(suite_name), split, view)) for view in VIEWS}
+    views = {"crops": 1} if split.photos else dict.fromkeys(VIEWS)
+    return {view: scores(restorer, test_set(suite(suite_name), split.name, view, draws, degrade, split.photos))
+            for view, draws in views.items()}
 
 
 class Counted(np.ndarray):
@@ -240,7 +254,7 @@ def multiplications(config, side=64):
     Counted.count = 0
     p = Params(shapes(config))
     p = p.over(p.flat.view(Counted))
-    nafnet(np.zeros((1, side, side, 3), np.float32).view(Counted), p, config, reference)
+    nafnet(np.zeros((1, side, side, 3 + config.told), np.float32).view(Counted), p, config, reference)
     return round(Counted.count / side**2)
 
 
@@ -248,12 +262,12 @@ def multiplications(config, side=64):
 
 def mean(values):
     """The mean of dicts, of dicts, of numbers."""
-    return np.mean(list(map(mean, values.values()) if isinstance(values, dict) else values))
+    return np.mean(list(map(mean, values.values())) if isinstance(values, dict) else values)
 
 
-def matrix(line, view="photographs"):
-    """PSNR in dB of a line: (photographs, entries)."""
-    return np.array([list(photos.values()) for photos in line["psnr"][view].values()]).T
+def matrix(line, view=None):
+    """PSNR in dB of a line, in a view or its first one: (photographs, entries)."""
+    return np.array([list(photos.values()) for photos in line["psnr"][view or next(iter(line["psnr"]))].values()]).T
 
 
 def interval(differences, draws=10_000):
@@ -266,10 +280,11 @@ def interval(differences, draws=10_000):
     return np.quantile(differences[seeds[:, :, None], photos[:, None, :]].mean((1, 2)), [0.025, 0.975])
 
 
-def rows(lines, view="photographs"):
+def rows(lines, view=None):
     """One dict per suite, number of steps, adapter and rate: mean and standard deviation over seeds, and its lead over CEA.
 
     The difference is paired, seed by seed and photograph by photograph, with CEA in the same backbone (with or without SCA).
+    So is the gain over "none"; beside it what share it is of the gain of the backbone that is "told" what to restore.
     """
     found = defaultdict(dict)                 # (suite, steps, adapter, rate) -> seed -> line
     for line in lines:
@@ -278,21 +293,28 @@ def rows(lines, view="photographs"):
     results = []
     for (suite_name, steps, adapter, rate), runs in found.items():
         line, table = next(iter(runs.values())), np.array([matrix(run, view) for run in runs.values()])  # (seed, photo, entry)
-        means, entries = table.mean((1, 2)), list(line["psnr"][view])
+        means, entries = table.mean((1, 2)), list(next(iter(line["psnr"].values())))
         label = adapter if rate in (None, recipe_for(adapter).adapter_lr) else f"{adapter}, rate {rate:g}"
-        row = {"suite": suite_name, "steps": steps, "adapter": adapter, "label": label, "seeds": sorted(runs), "view": view,
-               "psnr": float(means.mean()), "sd": float(means.std(ddof=1)) if len(means) > 1 else None,
+        row = {"suite": suite_name, "steps": steps, "adapter": adapter, "label": label, "seeds": sorted(runs),
+               "view": view or next(iter(line["psnr"])), "psnr": float(means.mean()),
+               "sd": float(means.std(ddof=1)) if len(means) > 1 else None,
                "entries": dict(zip(entries, map(float, table.mean((0, 1))))),
                "parameters": line.get("parameters"), "multiplications": line.get("multiplications_per_pixel"),
                "milliseconds": float(np.median([run["milliseconds_per_step"] for run in runs.values()])) if steps else None}
-        same = "cea:sca=false" if "sca=false" in adapter else "cea"
-        cea = next((other for key, other in found.items() if key[:3] == (suite_name, steps, same)), {})
-        both = sorted(set(cea) & set(runs))
-        if both and adapter != same:
-            ahead = np.array([matrix(runs[seed], view) - matrix(cea[seed], view) for seed in both])
-            row["minus_cea"] = {entry: (float(d.mean()), *map(float, interval(d)))
-                                for entry, d in [("all", ahead.mean(-1)), *zip(entries, np.moveaxis(ahead, -1, 0))]}
+        for base in ("cea", "none"):
+            same = base + ":sca=false" * ("sca=false" in adapter)
+            other = next((other for key, other in found.items() if key[:3] == (suite_name, steps, same)), {})
+            both = sorted(set(other) & set(runs))
+            if both and adapter != same:
+                ahead = np.array([matrix(runs[seed], view) - matrix(other[seed], view) for seed in both])
+                row[f"minus_{base}"] = {entry: (float(d.mean()), *map(float, interval(d)))
+                                        for entry, d in [("all", ahead.mean(-1)), *zip(entries, np.moveaxis(ahead, -1, 0))]}
         results.append(row)
+    for row in results:
+        told = [row["suite"], row["steps"], "told" + ":sca=false" * ("sca=false" in row["adapter"])]
+        above = [other["minus_none"]["all"] for other in results if "minus_none" in other
+                 and [other["suite"], other["steps"], other["adapter"]] == told]
+        row["ceiling"] = above[0][0] if above and above[0][1] > 0 else None     # a gain that may be zero is no ceiling
     return results
 
 
@@ -307,12 +329,15 @@ def format_rows(results):
         whole = [row for row in results if row["suite"] == suite_name and not row["steps"]] + table
         entries, width, seeds = list(table[0]["entries"]), max(len(row["label"]) for row in whole), table[0]["seeds"]
         text += [f"{suite_name}, {steps} steps, seeds {seeds[0]}-{seeds[-1]}, {table[0]['view']}: PSNR in dB, its standard "
-                 "deviation over seeds, minus CEA's with a 95 % interval", f"{'':{width}s} {'param.':>7s} {'mult./px':>8s} "
-                 f"{'ms/step':>7s} {'PSNR':>6s} {'sd':>4s}  {'minus CEA':21s}" + "".join(f" {e:>6s}" for e in entries)]
+                 "deviation over seeds, minus CEA's and none's with 95 % intervals, share of told's gain over none",
+                 f"{'':{width}s} {'param.':>7s} {'mult./px':>8s} {'ms/step':>7s} {'PSNR':>6s} {'sd':>4s}  {'minus CEA':21s} "
+                 f"{'minus none':21s} {'share':>5s}" + "".join(f" {e:>6s}" for e in entries)]
         for row in whole:
             cost = f"{row['parameters']:7d} {row['multiplications']:8d} {row['milliseconds']:7.1f}" if row["steps"] else " " * 24
             sd = f"{row['sd']:4.2f}" if row["sd"] is not None else "    "
-            text.append(f"{row['label']:{width}s} {cost} {row['psnr']:6.2f} {sd}  {_difference(row, 'all'):21s}"
+            share = f"{row['minus_none']['all'][0] / row['ceiling']:5.0%}" if row["ceiling"] and "minus_none" in row else ""
+            text.append(f"{row['label']:{width}s} {cost} {row['psnr']:6.2f} {sd}  {_difference(row, 'all'):21s} "
+                        f"{_difference(row, 'all', 'minus_none'):21s} {share:5s}"
                         + "".join(f" {row['entries'][e]:{max(6, len(e))}.2f}" for e in entries))
         compared = [row for row in table if "minus_cea" in row]
         if compared and len(entries) > 1:
@@ -323,18 +348,20 @@ def format_rows(results):
     return "\n".join(text)
 
 
-def _difference(row, entry):
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["minus_cea"][entry]) if "minus_cea" in row else ""
+def _difference(row, entry, base="minus_cea"):
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[base][entry]) if base in row else ""
 
 
 def examples(recipes, folder, split, size=128):
     """A crop of each suite's last photograph: degraded, restored by each of the recipes with seed 0, clean -> a dict a suite."""
     results = []
     for suite_name in dict.fromkeys(recipe.suite for recipe in recipes):
-        entry, photo, image, clean = test_set(suite(suite_name), split)[-1]
+        tests = partial(test_set, suite(suite_name), split)
+        entry, photo, image, clean = tests()[-1]
         corner = tuple(slice((n - size) // 2, (n + size) // 2) for n in clean.shape[:2])
         images = {f"{photo}, {entry}": image}
-        images |= {recipe.adapter: restore_rgb(image, *load_model(model_path(recipe, Path(folder))))
+        images |= {recipe.adapter: restore_rgb(tests(degrade=degrader(recipe.adapter))[-1][2],
+                                               *load_model(model_path(recipe, Path(folder))))
                    for recipe in recipes if (recipe.suite, recipe.seed, recipe.steps) == (suite_name, 0, recipes[0].steps)}
         results.append({title: (image[corner], psnr(image[corner], clean[corner])) for title, image in images.items()}
                        | {"clean": (clean[corner], None)})
@@ -345,7 +372,7 @@ def examples(recipes, folder, split, size=128):
 
 def publish(recipes, lines, folder, split):
     """Print the tables of `compare`'s lines, draw the pictures into the folder."""
-    for view in VIEWS:
+    for view in lines[0]["psnr"]:
         print(format_rows(rows(lines, view)))
     quality(rows(lines), folder / "cost.png")
     if len({recipe.steps for recipe in recipes}) > 1:

@@ -7,7 +7,6 @@ PHOTOGRAPHS is a folder to train on (beside dead leaves), TEST the 200 test imag
 import argparse
 from collections import defaultdict
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -38,10 +37,10 @@ def tested(restorer, split, photos):
     return found
 
 
-def test_model(photos, recipe, folder, split):
-    """The line of a trained network, tested on a folder of photographs."""
+def test_model(recipe, folder, split):
+    """The line of a trained network."""
     model = load_model(model_path(recipe, folder))
-    return {"recipe": asdict(recipe), "split": split, "psnr": tested(lambda image: restore_rgb(image, *model), split, photos)}
+    return {"recipe": asdict(recipe), "split": str(split), "psnr": tested(lambda image: restore_rgb(image, *model), *split)}
 
 
 def report(lines):
@@ -77,7 +76,7 @@ def main():
     recipes = [recipe for name, rate in models.items()
                for recipe in grid(["stains"], [name], args.seeds, [args.steps], [rate], args.photographs)]
     recipes.sort(key=lambda recipe: recipe.seed)
-    lines = compare(recipes, args.out, args.split, test=partial(test_model, args.test))
+    lines = compare(recipes, args.out, args.split, photos=args.test, test=test_model)
     lines.sort(key=lambda line: recipes.index(Recipe(**line["recipe"])))
     degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(lambda image: image, args.split, args.test)}
     print(f"PSNR in dB, mean over {args.seeds} seeds and a crop of each photograph of the {args.split} split; gain over none "
