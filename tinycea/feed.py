@@ -45,7 +45,7 @@ def divided(degraded, clean):
     held = set(sorted({partner for _, partner in found})[::10])
     train = [pair for pair in found if pair[1] not in held]
     if not train:
-        raise InputError(f"{degraded} and {clean}: {len(held)} clean images have a partner; expected two at least, one is held out")
+        raise InputError(f"{degraded} and {clean}: expected two clean images with a partner at least, {len(held)} found")
     return train, [pair for pair in found if pair[1] in held], alone
 
 
