@@ -1,6 +1,7 @@
-"""NAFNet of width 32 with 29 million parameters at 512 and 2048 pixels a side, two threads: tinycea beside PyTorch, see width32.sh.
+"""NAFNet of width 32 with 29 million parameters at 512 and 2048 pixels a side, two threads: tinycea beside PyTorch.
 
-Every measurement is a fresh process: random weights, a warm-up on 256 x 256 pixels, one timed run; the sides take turns.
+`python data/width32.py [ROUNDS] > data/results/width32.txt`. Every measurement is a fresh process: random weights, a warm-up on
+256 x 256 pixels, one timed run; the sides take turns.
 """
 import json
 import os
@@ -63,8 +64,8 @@ if __name__ == "__main__":
 
     from tinycea.runtime import machine
     rounds = int(sys.argv[1]) if sys.argv[1:] else 5
-    print(f"NAFNet width 32, blocks [2,2,4,8]/12/[2,2,2,2], random weights, seed {SEED}; two threads, {rounds} rounds; {machine()}; "
-          f"numpy {version('numpy')}, torch {version('torch')}; load of the machine before {os.getloadavg()[0]:.1f}")
+    print(f"NAFNet width 32, blocks [2,2,4,8]/12/[2,2,2,2], random weights, seed {SEED}; two threads, {rounds} rounds; "
+          f"{machine()}; numpy {version('numpy')}, torch {version('torch')}; load of the machine before {os.getloadavg()[0]:.1f}")
     print(f"{'':12s} {'':24s} {'seconds, median (least)':>24s} {'peak memory':>12s}")
     for size in (512, 2048):
         runs = {side: [] for side in SIDES}
@@ -73,7 +74,8 @@ if __name__ == "__main__":
                 runs[side].append(ask(side, size))
         for side, found in runs.items():
             seconds, memory, numbers = zip(*found)
-            print(f"{size} x {size:4d}  {side:24s} {np.median(seconds):16.2f} ({min(seconds):.2f}) {max(memory):9d} MB", flush=True)
+            print(f"{size} x {size:4d}  {side:24s} {np.median(seconds):16.2f} ({min(seconds):.2f}) {max(memory):9d} MB",
+                  flush=True)
         off = max(abs(np.subtract(found[0][2], runs["PyTorch"][0][2])).max() for found in runs.values())
         print(f"{size} x {size:4d}  largest difference from PyTorch in a row of 16 pixels {off:.1e}")
     print(f"load of the machine after {os.getloadavg()[0]:.1f}")

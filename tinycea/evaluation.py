@@ -36,7 +36,7 @@ def test_set(entries, split="test", view="photographs", draws=None, degrade=appl
 
 
 def test_pairs(folders, most=100, size=None):
-    """As `test_set`, of at most so many held-out pairs of two folders (`feed.divided`), whole, read one by one; or crops of a size."""
+    """As `test_set`, of at most so many held-out pairs of two folders (`feed.divided`), read one by one; or crops of a size."""
     held = divided(*folders)[1] if folders else []
     for j, files in enumerate(held[::-(-len(held) // most) or 1]):
         scene = read_pair(*files)

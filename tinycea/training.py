@@ -296,7 +296,8 @@ def finish(recipe, p, log, out):
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(log, out / "curve.png")
     photos = dict.fromkeys(r["photograph"] for r in results if r["entry"] == "clean")
-    shown = [(photo, entries[i % max(len(entries) - 1, 1)]) for i, photo in enumerate(photos)] + [(next(reversed(photos)), "clean")]
+    shown = [(photo, entries[i % max(len(entries) - 1, 1)]) for i, photo in enumerate(photos)]
+    shown.append((next(reversed(photos)), "clean"))
     plots.before_after([r for r in results[:3] if r["entry"] == "pairs"] or
                        [next(r for r in results if (r["photograph"], r["entry"]) == which) for which in shown],
                        out / "before_after.png")
