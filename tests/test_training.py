@@ -319,7 +319,8 @@ def test_pairs_that_cannot_be_trained_on_are_named_and_leave_no_folder(pairs, tm
     with pytest.raises(InputError, match=r"dark.0.png: not a readable image"):
         job.train(tmp_path / "new" / "run", pairs=pairs)
     with pytest.raises(InputError, match=r"dark.[123].png: not a readable image"):
-        feed.batch(job.recipe_for(pairs=pairs), 0)
+        with feed.feed(job.recipe_for(pairs=pairs)) as batches:
+            next(batches)
     assert not (tmp_path / "new").exists() and f"skipping {dark / '4.png'}: has no partner" in capfd.readouterr().err
 
 
