@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from tinycea import cli, training
+from tinycea.degradations import DEGRADATIONS, apply, patchwork, stains
 from tinycea.lab import comparison as compare
 from tinycea.nafnet import NAFNetConfig, shapes
 from tinycea.runtime import InputError, locked
+from tinycea.scenes import dead_leaves
 from tinycea.zoo import ADAPTERS, load_model, network
 
 RECIPES = [replace(recipe, scenes=2, batch=2, patch=16)
@@ -156,6 +158,35 @@ def test_a_folder_is_one_process_s(tmp_path):
     with locked(tmp_path / "run"), pytest.raises(InputError, match="another process"):
         training.train(tmp_path / "run")
     assert not (tmp_path / "models").exists()
+
+
+# ---- the ceiling -----------------------------------------------------------------------------------------------------
+
+SCENE = dead_leaves((40, 56), np.random.default_rng(0))
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("entry", [*DEGRADATIONS, "low+haze+snow", "patchwork", "stains", "stains-overlapping", "clean"])
+def test_a_label_says_what_was_done_and_changes_nothing(entry):
+    image, label = np.split(compare.told(SCENE, entry, rng()), [3], -1)
+    assert np.array_equal(image, apply(SCENE, entry, rng())) and label.shape[2] == len(compare.LABELS) == network("told").told
+    amounts = dict(zip(compare.LABELS, np.moveaxis(2 * label - 1, -1, 0)))
+    if entry == "patchwork":
+        _, mask, names = patchwork(SCENE, rng())
+        expected = dict(zip(names, np.moveaxis(mask, -1, 0)))
+    elif entry in ("stains", "stains-overlapping"):
+        expected = dict(zip(compare.LABELS[-3:], np.moveaxis(stains(SCENE, rng(), entry != "stains")[1], -1, 0)))
+    else:
+        expected = dict.fromkeys(() if entry == "clean" else entry.split("+"), 1)
+    assert all(np.allclose(amounts[name], expected.get(name, 0), atol=1e-6) for name in compare.LABELS)
+
+
+def test_a_label_is_as_strong_as_what_was_done():
+    expected = [0.75 if name in ("low", "haze") else 0.5 for name in compare.LABELS]
+    assert np.allclose(compare.told(SCENE, "low+haze", rng(), 0.5)[0, 0, 3:], expected)
 
 
 # ---- the statistics --------------------------------------------------------------------------------------------------

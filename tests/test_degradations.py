@@ -8,7 +8,6 @@ import pytest
 from tinycea import degradations as room
 from tinycea.degradations import (
     DEGRADATIONS,
-    LABELS,
     SUITES,
     apply,
     blur,
@@ -23,14 +22,11 @@ from tinycea.degradations import (
     patchwork,
     rain,
     snow,
-    stains,
     suite,
-    told,
     trace,
 )
 from tinycea.runtime import InputError
 from tinycea.scenes import Scene, dead_leaves, photographs
-from tinycea.zoo import network
 
 SCENE = dead_leaves((40, 56), np.random.default_rng(0))
 PHOTO = Scene(SCENE.image)
@@ -261,28 +257,6 @@ def test_a_patchwork_draws_two_or_three_and_says_which():
     assert {name for names in drawn for name in names} == {"noise25", "rain", "snow", "blur"}
     image, mask, names = patchwork(SCENE, rng(5))
     assert mask.shape[2] == len(names) and np.array_equal(image, apply(SCENE, "patchwork", rng(5)))
-
-
-# Labels, for a network that is told
-
-@pytest.mark.parametrize("entry", [*ENTRIES, "clean"])
-def test_a_label_says_what_was_done_and_changes_nothing(entry):
-    image, label = np.split(told(SCENE, entry, rng()), [3], -1)
-    assert np.array_equal(image, apply(SCENE, entry, rng())) and label.shape[2] == len(LABELS) == network("told").told
-    amounts = dict(zip(LABELS, np.moveaxis(2 * label - 1, -1, 0)))
-    if entry == "patchwork":
-        _, mask, names = patchwork(SCENE, rng())
-        expected = dict(zip(names, np.moveaxis(mask, -1, 0)))
-    elif entry in ("stains", "stains-overlapping"):
-        expected = dict(zip(LABELS[-3:], np.moveaxis(stains(SCENE, rng(), entry != "stains")[1], -1, 0)))
-    else:
-        expected = dict.fromkeys(() if entry == "clean" else entry.split("+"), 1)
-    assert all(np.allclose(amounts[name], expected.get(name, 0), atol=1e-6) for name in LABELS)
-
-
-def test_a_label_is_as_strong_as_what_was_done():
-    expected = [0.75 if name in ("low", "haze") else 0.5 for name in LABELS]
-    assert np.allclose(told(SCENE, "low+haze", rng(), 0.5)[0, 0, 3:], expected)
 
 
 # Suites

@@ -18,6 +18,7 @@ import pytest
 from tinycea import evaluation, feed, plots
 from tinycea import training as job
 from tinycea.evaluation import evaluate, psnr, ssim, table
+from tinycea.images import write_image
 from tinycea.nafnet import init
 from tinycea.optim import warmup_cosine
 from tinycea.restoration import restore_rgb
@@ -191,7 +192,7 @@ def test_the_run_folder_is_complete_and_true(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "plots", plots)
     result = train(replace(TINY, adapter="cea-softmax"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "log.csv", "model.safetensors", "curve.png", "before_after.png", "routing.png", "result.json"}
+    assert names == {"config.json", "log.csv", "model.safetensors", "curve.png", "before_after.png", "result.json"}
     assert json.loads((tmp_path / "run" / "result.json").read_text()) | {"folder": str(tmp_path / "run")} == result
     assert result["recipe"] == asdict(replace(TINY, adapter="cea-softmax"))
     p, config = load_model(tmp_path / "run" / "model.safetensors")
@@ -259,6 +260,68 @@ def test_resume_refuses_the_state_of_another_model(tmp_path, monkeypatch):
         train(replace(TINY, adapter="none"), tmp_path)
     with pytest.raises(InputError, match="started with adapter none"):
         train(TINY, tmp_path, resume=True)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Two folders of five images each, the degraded ones half as bright, one of them smaller than a patch."""
+    folders = [tmp_path / "dark", tmp_path / "clean"]
+    for folder, share in zip(folders, (0.5, 1)):
+        folder.mkdir()
+        for i in range(5):
+            image = np.random.default_rng(i).integers(0, 128, (12 if i == 2 else 20, 31, 3)) * 2
+            write_image(folder / f"{i}.png", np.uint8(image * share))
+    return list(map(str, folders))
+
+
+def test_pairs_are_cropped_alike_and_a_tenth_of_the_clean_images_held_out(pairs):
+    alone, mixed = job.recipe_for(pairs=pairs, batch=4, patch=16, scenes=2), replace(TINY, pairs=pairs)
+    degraded, clean = feed.batch(alone, 0)
+    assert degraded.shape == (4, 16, 16, 3) and degraded.dtype == clean.dtype == np.float32 and clean.max() > 0.9
+    np.testing.assert_allclose(degraded, clean / 2, atol=1e-6)
+    degraded, clean = feed.batch(mixed, 0)
+    same = [np.allclose(d, c / 2, atol=1e-6) for d, c in zip(degraded, clean)]
+    assert same == [True, False] and alone.suite is None and mixed.suite == "aio5"
+    train, held, _ = feed.divided(*pairs)
+    assert [file.name for file, _ in held] == ["0.png"] and len(train) == 4
+    assert [name for _, name, _, _ in evaluation.test_pairs(pairs)] == ["0.png"]
+
+
+def test_versions_of_a_held_out_image_are_held_out_with_it(pairs):
+    """As RESIDE has of each clean image many hazy ones."""
+    write_image(Path(pairs[0]) / "0_0.8_0.2.png", np.zeros((20, 31, 3)))
+    train, held, _ = feed.divided(*pairs)
+    assert [file.name for file, _ in held] == ["0.png", "0_0.8_0.2.png"] and len(train) == 4
+
+
+def test_a_run_on_pairs_is_resumed_to_the_same_bytes(pairs, tmp_path, monkeypatch):
+    recipe = {"pairs": pairs, "steps": 4, "batch": 2, "patch": 16}
+    result = job.train(tmp_path / "whole", **recipe)
+    assert [row["degradation"] for row in result["rows"]] == ["pairs", "average", "clean"] and result["recipe"]["pairs"] == pairs
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        job.train(tmp_path / "cut", **recipe)
+    job.train(tmp_path / "cut", resume=True)
+    assert same_model(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_pairs_that_cannot_be_trained_on_are_named_and_leave_no_folder(pairs, tmp_path, capfd):
+    dark, clean = map(Path, pairs)
+    (tmp_path / "empty").mkdir()
+    for wrong, message in (([str(tmp_path / "empty"), pairs[1]], "no image"), ([pairs[0]], "pairs is"),
+                           ([str(dark / "1.png"), pairs[1]], "two clean images")):
+        with pytest.raises(InputError, match=message):
+            job.train(tmp_path / "new" / "run", pairs=wrong)
+    (clean / "4.png").unlink()
+    for i in range(4):
+        (dark / f"{i}.png").write_bytes(b"damaged")
+    feed.divided.cache_clear()
+    with pytest.raises(InputError, match=r"dark.0.png: not a readable image"):
+        job.train(tmp_path / "new" / "run", pairs=pairs)
+    with pytest.raises(InputError, match=r"dark.[123].png: not a readable image"):
+        with feed.feed(job.recipe_for(pairs=pairs)) as batches:
+            next(batches)
+    assert not (tmp_path / "new").exists() and f"skipping {dark / '4.png'}: has no partner" in capfd.readouterr().err
 
 
 def test_the_schedule_is_a_line_then_half_a_cosine():

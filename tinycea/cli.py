@@ -48,7 +48,9 @@ def parser():
     sub.add_argument("--steps", type=count, help="training steps (default 2400)")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
-    sub.add_argument("--images", type=path, metavar="DIR", help="a folder of photographs to train on instead of scikit-image's")
+    sub.add_argument("--images", type=folder, metavar="DIR", help="a folder of photographs to train on instead of scikit-image's")
+    sub.add_argument("--pairs", type=folder, nargs=2, metavar=("DEGRADED", "CLEAN"), help="folders of degraded and clean images, "
+                     "matched as by evaluate, to train on instead of a suite, or half and half with --suite; a tenth is held out")
     sub.add_argument("--threads", type=count, metavar="N", help="chunks of a batch computed at a time (default: cores)")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
@@ -125,6 +127,8 @@ def number(convert, valid, expected):
 
 count = number(int, lambda n: n > 0, "a positive integer")
 natural = number(int, lambda n: n >= 0, "an integer of at least 0")
+# The same folder from wherever a run is resumed.
+folder = number(lambda text: text.strip() and os.path.realpath(text), os.path.isdir, "a folder")
 positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 
@@ -151,9 +155,7 @@ def mechanism(args):
 def train(args):
     from .evaluation import format_table
     from .training import train
-    options = given(args, "suite", "adapter", "steps", "seed", "backend", "images")
-    if args.images:
-        options["images"] = os.path.realpath(args.images)             # the same folder from wherever the run is resumed
+    options = given(args, "suite", "adapter", "steps", "seed", "backend", "images", "pairs")
     result = train(args.out, resume=args.resume, threads=args.threads, **options)
     print(format_table(result["rows"]))
     print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "

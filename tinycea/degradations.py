@@ -282,25 +282,6 @@ def apply(scene, entry, rng, strength=1.0):
     return compose(scene, entry.split("+"), rng, strength)
 
 
-LABELS = (*DEGRADATIONS, "stain 1", "stain 2", "stain 3")
-
-
-def told(scene, entry, rng, strength=1.0):
-    """What `apply` gives, and behind its colors how much of each of LABELS a pixel has: (H,W,3+15), for a network that is told.
-
-    As colors are, amounts are numbers around a gray: 1/2 is none, 1 is all.
-    """
-    image, amounts, *names = ALONE[entry](scene, rng, strength) if entry in ALONE else (
-        apply(scene, entry, rng, strength), np.ones((*scene.image.shape[:2], 1)), [entry])
-    label = np.zeros((*image.shape[:2], len(LABELS)), np.float32)
-    if names:                                 # of the degradations, or compositions, whose regions `amounts` are
-        for i, name in enumerate(names[0]):
-            label[..., [LABELS.index(part) for part in name.split("+")]] += amounts[..., i:i + 1]
-    elif amounts is not None:
-        label[..., -3:] = amounts
-    return np.concatenate((image, (1 + strength * label) / 2), -1)
-
-
 def degrade(image: np.ndarray, names: str, seed: int = 0, strength: float = 1.0) -> np.ndarray:
     """An image degraded by `names`: an entry of a suite, such as "haze+rain" or "stains". The same seed gives the same result.
 

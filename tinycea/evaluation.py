@@ -6,7 +6,9 @@ import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .degradations import apply
-from .scenes import Scene, crop, photographs
+from .feed import divided
+from .images import as_rgb
+from .scenes import Scene, crop, photographs, read_pair
 
 SSIM = "RGB float in [0,1], Gaussian window of standard deviation 1.5, population covariance (Wang et al. 2004)"
 TEST_SEED = 0                                 # of the degradations of held-out photographs: the same in every run
@@ -31,6 +33,15 @@ def test_set(entries, split="test", view="photographs", draws=None, degrade=appl
             scene = crop(Scene(clean), CROP, rng) if view == "crops" else Scene(clean)
             found.append((entry, photo, degrade(scene, entry, rng), scene.image))
     return found
+
+
+def test_pairs(folders, size=None):
+    """As `test_set`, of at most 12 held-out pairs of two folders (`feed.divided`), whole, or crops of a size."""
+    held = divided(*folders)[1] if folders else []
+    for j, files in enumerate(held[::-(-len(held) // 12) or 1]):
+        scene = read_pair(*files)
+        scene = crop(scene, size, np.random.default_rng([TEST_SEED, j])) if size else scene
+        yield "pairs", files[0].name, as_rgb(scene.degraded), as_rgb(scene.image)
 
 
 def psnr(image, clean):

@@ -46,37 +46,6 @@ def before_after(results, path):
     save(figure, path)
 
 
-def routing(degraded, mask, names, S, kind, stage, path):
-    """A photograph under different degradations, its regions, and the affinity map of every rank component.
-
-    degraded (H,W,3), mask (H,W,K) of the K names, S (h,w,R), kind "signed", "softmax" or "topk". Maps share one scale.
-    """
-    R = S.shape[-1]
-    limit = float(np.quantile(abs(S), 0.995)) or 1.0
-    columns = 1 + -(-R // 2)
-    figure = Figure((2.3 * columns, 2.3 * 2 * degraded.shape[0] / degraded.shape[1] + 1.4), layout="constrained")
-    grid = figure.subplots(2, columns)
-    show(grid[0, 0], degraded, "degraded input")
-    regions(grid[1, 0], mask, names)
-    for axes in grid[:, 1:].flat[R:]:
-        axes.axis("off")
-    for r, axes in zip(range(R), grid[:, 1:].flat):
-        negative = 100 * np.mean(S[..., r] < 0)
-        show(axes, S[..., r], f"r = {r + 1}", f"{negative:.0f} % negative", cmap="RdBu_r", vmin=-limit, vmax=limit)
-    figure.colorbar(axes.images[0], ax=grid[:, 1:], shrink=0.6, label="affinity S")
-    figure.suptitle(f"{kind.capitalize()} affinity of every token to each of the {R} routing bases of this image, after {stage}",
-                    fontsize=10)
-    save(figure, path)
-
-
-def regions(axes, mask, names):
-    """The mask (H,W,K) as gray levels, each region labeled with its degradation at its center."""
-    label = mask.argmax(-1)
-    show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
-    for k, name in enumerate(names):
-        label_region(axes, label == k, name)
-
-
 def label_region(axes, region, text):
     """Text at the pixel of a region (H,W) that lies farthest from its border."""
     inside = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]

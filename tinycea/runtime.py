@@ -72,8 +72,9 @@ def make_folder(path):
 def locked(folder):
     """Within, a folder (made if need be) is this process's alone; InputError if it is another's. The system frees it at the end.
 
-    What a killed process left half-written is removed; so is the folder, if it is still empty afterwards.
+    What a killed process left half-written is removed; so is the folder, if it is still empty afterwards, and the parents made.
     """
+    made = [Path(folder), *(parent for parent in Path(folder).parents if not parent.exists())]
     make_folder(folder)
     with ExitStack() as stack:
         with suppress(ImportError):           # Windows has no such lock
@@ -86,7 +87,7 @@ def locked(folder):
                 raise InputError(f"{folder}: another process is at work in this folder") from None
         for left in Path(folder).glob(f"{TEMPORARY}*"):
             left.unlink()
-        stack.callback(lambda: any(Path(folder).iterdir()) or os.rmdir(folder))
+        stack.callback(lambda: any(Path(folder).iterdir()) or [os.rmdir(place) for place in made])
         yield
 
 

@@ -1,11 +1,12 @@
-"""Clean scenes: dead leaves, the photographs in scikit-image's wheel, crops of them."""
+"""Clean scenes: dead leaves, the photographs in scikit-image's wheel, crops of them; and pairs of files, degraded and clean."""
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import skimage
 
-from .images import folder, read_image, rgb
+from .images import folder, list_images, read_image, read_pixels, rgb
 from .runtime import InputError
 
 # Left out of scikit-image's photographs: the blurred (clock_motion, text), the tiny or grainy (microaneurysms, cell),
@@ -13,6 +14,8 @@ from .runtime import InputError
 PHOTOGRAPHS = {
     "train": ("brick.png", "camera.png", "coins.png", "grass.png", "gravel.png", "ihc.png", "moon.png", "page.png", "retina.jpg"),
     "validation": ("rocket.jpg", "motorcycle_left.png"), "test": ("astronaut.png", "chelsea.png", "coffee.png")}
+WORDS = re.compile(r"(norain|rain|snow|hazy|haze|noisy|noise|blurry|blur|low|normal|input|target|degraded|clean|gt|lq|hq)"
+                   r"(?![a-z])")                # as in norain-001.png of Rain100, low00001.png of LOL, 0001_NOISY_SRGB of SIDD
 
 
 class Scene(NamedTuple):
@@ -20,6 +23,7 @@ class Scene(NamedTuple):
     image: np.ndarray                               # in [0,1]
     depth: np.ndarray | None = None                 # in [0,1], 0 near and 1 far
     illumination: np.ndarray | None = None          # in (0,1]
+    degraded: np.ndarray | None = None              # (H,W,3), where it was found with the image, see `read_pair`
 
 
 def smooth_field(shape, rng, waves=3):
@@ -137,11 +141,14 @@ def crop(scene, size, rng):
 
 
 def varied(scene, rng):
-    """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray."""
+    """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray.
+
+    Without its maps: a photograph has none, and shall not be restored as if it were dead leaves.
+    """
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
     if rng.random() < 1 / 8:
         image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    return scene._replace(image=image)
+    return Scene(image)
 
 
 def photographs(split, images=None):
@@ -156,3 +163,33 @@ def photographs(split, images=None):
         return dict(found[-100:] if split == "test" else found[:100])
     data = Path(skimage.__file__).parent / "data"
     return {Path(name).stem: rgb(read_image(data / name)[0]) for name in PHOTOGRAPHS[split]}
+
+
+def keys(file):
+    """Names by which an image may be a pair's: its own; without what says degraded or clean; up to the first _."""
+    name = file.stem.lower()
+    return [name, re.sub(r"[\W_]+", "_", WORDS.sub("", name)).strip("_"), name.partition("_")[0]]
+
+
+def matched(degraded, clean):
+    """[(degraded file, clean file), ...] of two folders, and the files of both that have no partner."""
+    degraded, clean = (list_images([folder]) for folder in (degraded, clean))
+    by_name = {keys(file)[rank]: file for rank in (1, 0) for file in reversed(clean)}       # own names, and earlier files, win
+    found = [(file, next((by_name[key] for key in keys(file) if key in by_name), None)) for file in degraded]
+    partners = {partner for _, partner in found}
+    return ([pair for pair in found if pair[1]],
+            [file for file, partner in found if not partner] + [file for file in clean if file not in partners])
+
+
+def read_pair(degraded, clean):
+    """The Scene of two image files, integers as they hold them, gray repeated.
+
+    InputError as `read_pixels`, and for unequal sizes or too small ones.
+    """
+    scene = Scene(rgb(read_pixels(clean)), degraded=rgb(read_pixels(degraded)))
+    sizes = [image.shape[:2] for image in (scene.degraded, scene.image)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{degraded} and {clean}: have sizes {sizes[0]} and {sizes[1]}")
+    if min(sizes[0]) < 11:
+        raise InputError(f"{degraded}: is smaller than SSIM's window of 11 pixels")
+    return scene

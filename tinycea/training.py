@@ -16,19 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from . import __version__, plots
-from .ablations import CEAConfig
-from .degradations import patchwork, suite
-from .evaluation import SSIM, TEST_SEED, evaluate, table, test_set
-from .feed import INIT, feed
-from .images import folder
-from .nafnet import anatomies, centered, centered_backward, init
+from .evaluation import CROP, SSIM, evaluate, table, test_pairs, test_set
+from .feed import INIT, entries_of, feed
+from .nafnet import centered, centered_backward, init
 from .ops import backend
 from .ops.cpu import keep_memory
 from .optim import clip_by_norm, decay_mask, warmup_cosine
 from .params import Params, copy_into, load, save
 from .restoration import restore_rgb
 from .runtime import InputError, atomic, interruptible, locked, machine, peak_memory, shared, write_json
-from .scenes import Scene, photographs
 from .zoo import ADAPTERS, load_model, network, save_model, to_dict
 
 EVERY = 100                                   # steps between two looks at the held-out patches
@@ -42,12 +38,13 @@ COLUMNS = ("step", "lr", "loss", "gradient_norm", "held_out_psnr", "seconds")   
 @dataclass(frozen=True)
 class Recipe:
     """What a run is made of; with the machine it determines every byte of the weights."""
-    suite: str = "aio5"
+    suite: str | None = "aio5"                # None: pairs alone
     adapter: str = "cea"
     steps: int = 2400
     seed: int = 0
     backend: str = "cpu"
     images: str | None = None                 # a folder that replaces scikit-image's training photographs
+    pairs: list | None = None                 # two folders, degraded and clean images: half of a batch, see `feed.batch`
     batch: int = 6
     patch: int = 64                           # pixels a side
     chunks: int = 2                           # of a batch, computed side by side
@@ -65,13 +62,15 @@ class Recipe:
         for kind, name, value in ((field.type, field.name, getattr(self, field.name)) for field in fields(self)):
             right = isinstance(value, (int, float) if kind is float else kind) and (type(value) is bool) == (kind is bool)
             low = name in ("steps", "batch", "patch", "chunks", "scenes")
+            right = right and (name != "pairs" or value is None or len(value) == 2)
             if not right or kind in (int, float) and not low <= value < (2**31 if kind is int else np.inf):
                 raise InputError(f"{name} is {value!r}: expected {getattr(kind, '__name__', kind)}, in its range")
 
 
 def recipe_for(adapter="cea", **rest):
-    """A Recipe with the learning rate that was tuned for the adapter (ADAPTER_LR), unless another one is given."""
-    return Recipe(adapter=adapter, **{"adapter_lr": ADAPTER_LR.get(adapter.partition(":")[0], 0.1)} | rest)
+    """A Recipe with the learning rate tuned for the adapter (ADAPTER_LR), and no suite beside pairs, unless they are given."""
+    suite = None if rest.get("pairs") else "aio5"
+    return Recipe(adapter=adapter, **{"adapter_lr": ADAPTER_LR.get(adapter.partition(":")[0], 0.1), "suite": suite} | rest)
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
@@ -210,12 +209,7 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
     recipe = recipe_for(**options)
-    out = Path(out or f"runs/{recipe.suite}-{recipe.adapter}-seed{recipe.seed}")
-    backend(recipe.backend), suite(recipe.suite)                                  # what is misspelt leaves no folder
-    if network(recipe.adapter).told:
-        raise InputError(f"adapter {recipe.adapter} is told what to restore, as no photograph can: it is for `tinycea compare`")
-    if recipe.images:
-        next(folder(recipe.images))
+    out = Path(out or f"runs/{recipe.suite or 'pairs'}-{recipe.adapter}-seed{recipe.seed}")
     keep_memory()
     with locked(out):
         if resume:
@@ -234,7 +228,7 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
 def learn(recipe, progress, out, workers, threads):
     """Train to the end, and save what there is from time to time, when interrupted, and when the batches end too soon."""
     ops, log, saved = backend(recipe.backend), progress.logs[0], None
-    tests = test_set(suite(recipe.suite), "validation", "crops", 1)
+    tests = [*test_set(entries_of(recipe), "validation", "crops", 1), *test_pairs(recipe.pairs, CROP)]
     held_out = [ops.to_device(np.stack(images)) for images in list(zip(*tests))[2:]]
     with feed(recipe, len(log), workers) as batches:
         first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
@@ -286,8 +280,8 @@ def save_run(out, recipe, progress):
 
 def finish(recipe, p, log, out):
     """Write the model, test it on the held-out photographs, draw the pictures; result.json comes last: the run is whole."""
-    config, ops, entries = network(recipe.adapter), backend(recipe.backend), (*suite(recipe.suite), "clean")
-    tests = test_set(entries)
+    config, ops, entries = network(recipe.adapter), backend(recipe.backend), (*entries_of(recipe), "clean")
+    tests = [*test_pairs(recipe.pairs), *test_set(entries)]
     results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
                         total=len(tests), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
@@ -297,22 +291,11 @@ def finish(recipe, p, log, out):
               "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])
     plots.curve(log, out / "curve.png")
-    photos = dict.fromkeys(r["photograph"] for r in results)
-    shown = [(photo, entries[i % (len(entries) - 1)]) for i, photo in enumerate(photos)] + [(next(reversed(photos)), "clean")]
-    plots.before_after([next(r for r in results if (r["photograph"], r["entry"]) == which) for which in shown],
+    photos = dict.fromkeys(r["photograph"] for r in results if r["entry"] == "clean")
+    shown = [(photo, entries[i % len(entries)]) for i, photo in enumerate(photos)] + [(next(reversed(photos)), "clean")]
+    plots.before_after([r for r in results[:3] if r["entry"] == "pairs"] +
+                       [next(r for r in results if (r["photograph"], r["entry"]) == which) for which in shown],
                        out / "before_after.png")
-    if config.adapted() and isinstance(config.adapter, CEAConfig):
-        plots.routing(*affinity_maps(p, config, ops), out / "routing.png")
     write_json(out / "result.json", result)
     (out / "state.safetensors").unlink()
     return result | {"folder": str(out)}
-
-
-def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
-    """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and stage, the last one."""
-    degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
-    _, cache = centered(ops.to_device(degraded[None]), p, config, ops)
-    stage, anatomy = list(anatomies(cache).items())[-1]
-    m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
-    h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
-    return degraded, mask, names, ops.to_host(anatomy["S"]).reshape(h, w, -1), config.adapter.affinity, stage

@@ -27,9 +27,9 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from tqdm import tqdm
 
 from .. import runtime
-from ..degradations import apply, suite
+from ..degradations import ALONE, DEGRADATIONS, apply, suite
 from ..evaluation import VIEWS, psnr, test_set
-from ..feed import batch, degrader
+from ..feed import batch
 from ..nafnet import nafnet, shapes
 from ..ops import backend, reference
 from ..ops.cpu import keep_memory
@@ -161,6 +161,32 @@ class Split(NamedTuple):
         return f"{self.name} of {Path(self.photos).name}" if self.photos else self.name
 
 
+# ---- the ceiling -----------------------------------------------------------------------------------------------------
+
+LABELS = (*DEGRADATIONS, "stain 1", "stain 2", "stain 3")
+
+
+def told(scene, entry, rng, strength=1.0):
+    """What `apply` gives, and behind its colors how much of each of LABELS a pixel has: (H,W,3+15), for a network that is told.
+
+    As colors are, amounts are numbers around a gray: 1/2 is none, 1 is all.
+    """
+    image, amounts, *names = ALONE[entry](scene, rng, strength) if entry in ALONE else (
+        apply(scene, entry, rng, strength), np.ones((*scene.image.shape[:2], 1)), [entry])
+    label = np.zeros((*image.shape[:2], len(LABELS)), np.float32)
+    if names:                                 # of the degradations, or compositions, whose regions `amounts` are
+        for i, name in enumerate(names[0]):
+            label[..., [LABELS.index(part) for part in name.split("+")]] += amounts[..., i:i + 1]
+    elif amounts is not None:
+        label[..., -3:] = amounts
+    return np.concatenate((image, (1 + strength * label) / 2), -1)
+
+
+def degrader(adapter):
+    """What makes the images that a network takes: `apply`, or `told` for one that is told."""
+    return told if network(adapter).told else apply
+
+
 # ---- one task --------------------------------------------------------------------------------------------------------
 
 def scores(restorer, tests):
@@ -184,7 +210,7 @@ def train_slice(recipes, folder):
     path, began = folder / "models" / f"{name(recipes)}.state.safetensors", time.perf_counter()
     progress = load_progress(path, recipes)
     done = len(progress.logs[0])
-    batches = (batch(recipes[0], step) for step in range(done, recipes[0].steps))
+    batches = (batch(recipes[0], step, degrader(recipes[0].adapter)) for step in range(done, recipes[0].steps))
     for done in train_together(recipes, batches, progress):
         if time.perf_counter() - began > SLICE_SECONDS:
             break

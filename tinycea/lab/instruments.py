@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from .. import ablations
-from ..degradations import stains
+from ..degradations import patchwork, stains
 from ..evaluation import TEST_SEED, psnr
 from ..nafnet import anatomies, centered
 from ..ops import cpu
+from ..plots import label_region, show
 from ..runtime import machine
 from ..scenes import Scene, crop, photographs
 from ..zoo import load_model
@@ -31,6 +32,24 @@ def rank(added):
     energy = np.maximum(np.linalg.eigvalsh(added.swapaxes(1, 2) @ added), 0) + 1e-30
     share = energy / energy.sum(1, keepdims=True)
     return np.exp(-(share * np.log(share)).sum(1)).mean()
+
+
+def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
+    """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and stage, the last one."""
+    degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
+    _, cache = centered(ops.to_device(degraded[None]), p, config, ops)
+    stage, anatomy = list(anatomies(cache).items())[-1]
+    m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
+    h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
+    return degraded, mask, names, ops.to_host(anatomy["S"]).reshape(h, w, -1), config.adapter.affinity, stage
+
+
+def regions(axes, mask, names):
+    """The mask (H,W,K) as gray levels, each region labeled with its degradation at its center."""
+    label = mask.argmax(-1)
+    show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
+    for k, name in enumerate(names):
+        label_region(axes, label == k, name)
 
 
 def told(S, a):

@@ -1,6 +1,5 @@
 """Two folders, degraded images and clean ones: PSNR and SSIM of each pair, before and after restoring. `tinycea evaluate`."""
 import csv
-import re
 
 import numpy as np
 from skimage.color import rgb2ycbcr
@@ -8,31 +7,11 @@ from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
 from ..evaluation import psnr, ssim
-from ..images import as_rgb, list_images, read_pixels
+from ..images import as_rgb
 from ..restoration import restore
 from ..runtime import InputError, atomic
+from ..scenes import matched, read_pair
 from ..zoo import load_model
-
-WORDS = re.compile(r"(norain|rain|snow|hazy|haze|noisy|noise|blurry|blur|low|normal|input|target|degraded|clean|gt|lq|hq)"
-                   r"(?![a-z])")                # as in norain-001.png of Rain100, low00001.png of LOL, 0001_NOISY_SRGB of SIDD
-
-
-def keys(file):
-    """Names by which an image may be a pair's: its own; without what says degraded or clean; up to the first _."""
-    name = file.stem.lower()
-    return [name, re.sub(r"[\W_]+", "_", WORDS.sub("", name)).strip("_"), name.partition("_")[0]]
-
-
-def matched(degraded, clean):
-    """[(degraded file, clean file), ...] of two folders, and the files of both that have no partner."""
-    (degraded, clean), by_name = (list_images([folder]) for folder in (degraded, clean)), {}
-    for rank in range(2):
-        for file in clean:
-            by_name.setdefault(keys(file)[rank], file)
-    found = [(file, next((by_name[key] for key in keys(file) if key in by_name), None)) for file in degraded]
-    partners = [partner for _, partner in found]
-    return ([pair for pair in found if pair[1]],
-            [file for file, partner in found if not partner] + [file for file in clean if file not in partners])
 
 
 def judged(image, clean, luma):
@@ -56,11 +35,8 @@ def publish(degraded, clean, weights=None, luma=False, classical=False, table=No
     rows = []
     for file, partner in tqdm(pairs, desc="pairs", disable=None):
         try:
-            image, true = (as_rgb(read_pixels(f)) for f in (file, partner))
-            if image.shape != true.shape:
-                raise InputError(f"{file} and {partner}: have sizes {image.shape[:2]} and {true.shape[:2]}")
-            if min(image.shape[:2]) < 11:
-                raise InputError(f"{file}: is smaller than SSIM's window of 11 pixels")
+            scene = read_pair(file, partner)
+            image, true = as_rgb(scene.degraded), as_rgb(scene.image)
             rows.append((file.name, partner.name, *(n for f in restorers.values() for n in judged(f(image), true, luma))))
         except InputError as error:
             failed.append(str(error))
