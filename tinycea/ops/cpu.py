@@ -11,6 +11,7 @@ import sys
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from ..runtime import side_by_side
 from . import reference
 from .reference import *  # noqa: F403
 
@@ -34,6 +35,7 @@ def keep_memory():
 def _cut(n, size):
     """range(n) in equal slices of about `size` (at least 1), the last one shorter."""
     size = -(-n // max(1, round(n / max(1, size))))
+    size += -size % 64 if size > 640 else 0                                     # so that `_joined` finds 64 rows
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -42,6 +44,14 @@ def _tiles(B, N, width):
     if N * width <= TILE:
         return [(b, slice(0, N)) for b in _cut(B, TILE // (N * width))]
     return [(slice(b, b + 1), n) for b in range(B) for n in _cut(N, TILE // width)]
+
+
+def _rowwise(work, width, *arrays):
+    """y (n,width): work(y, ...) fills it, tile after tile of n rows that the arrays have in common; idle threads help."""
+    arrays = np.empty((len(arrays[0]), width), arrays[0].dtype), *arrays
+    size = TILE // max(a[0].size for a in arrays)
+    side_by_side(work, [[a[n] for a in arrays] for n in _cut(len(arrays[0]), size)])
+    return arrays[0]
 
 
 def _joined(vector, n):
@@ -81,10 +91,12 @@ def _gram(a, b):
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
 def linear(x, weight, bias=None):
-    """The bias is added in place, in joined rows."""
-    y = x.reshape(-1, x.shape[-1]) @ weight
-    if bias is not None:
-        _biased(y, bias)
+    """In tiles; the bias is added in place, in joined rows."""
+    def tile(y, rows):
+        np.matmul(rows, weight, out=y)
+        if bias is not None:
+            _biased(y, bias)
+    y = _rowwise(tile, weight.shape[1], x.reshape(-1, len(weight)))
     return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
 
 
@@ -105,23 +117,24 @@ def conv1x1_backward(dy, cache):
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
-def _normalize(rows, xhat, rstd, eps=1e-6):
-    """Fill xhat (n,C) and rstd (n,1) of rows (n,C); means are products with 1/C, a tenth of the time of `mean`."""
-    mean = np.full((rows.shape[1], 1), 1 / rows.shape[1], rows.dtype)
-    np.subtract(rows, rows @ mean, out=xhat)
-    rstd[:] = 1 / np.sqrt(xhat * xhat @ mean + eps)
-    xhat *= rstd
+def _normalized(x, width, then, eps=1e-6):
+    """y (...,width), filled by then(xhat, y); xhat (n,C), rstd (n,1). Means are products with 1/C, a tenth of `mean`'s time."""
+    C = x.shape[-1]
+    xhat, rstd = (np.empty((x.size // C, n), x.dtype) for n in (C, 1))
+    mean = np.full((C, 1), 1 / C, x.dtype)
+
+    def tile(y, rows, xhat, rstd):
+        np.subtract(rows, rows @ mean, out=xhat)
+        rstd[:] = 1 / np.sqrt(xhat * xhat @ mean + eps)
+        xhat *= rstd
+        then(xhat, y)
+    return _rowwise(tile, width, x.reshape(-1, C), xhat, rstd).reshape(*x.shape[:-1], width), xhat, rstd
 
 
 def layernorm(x, weight, bias, eps=1e-6):
-    """In tiles, with `_normalize`'s means; scale and bias in joined rows."""
-    C = x.shape[-1]
-    rows = x.reshape(-1, C)
-    y, xhat, rstd = (np.empty((len(rows), n), x.dtype) for n in (C, C, 1))
-    for s in _cut(len(rows), TILE // C):
-        _normalize(rows[s], xhat[s], rstd[s], eps)
-        _biased(_scaled(xhat[s], weight, y[s]), bias)
-    return y.reshape(x.shape), (xhat, rstd, weight)
+    """Scale and bias in joined rows."""
+    y, xhat, rstd = _normalized(x, len(weight), lambda xhat, y: _biased(_scaled(xhat, weight, y), bias), eps)
+    return y, (xhat, rstd, weight)
 
 
 def layernorm_backward(dy, cache):
@@ -170,13 +183,10 @@ def groupnorm_backward(dy, cache):
 
 def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
     """(xhat w + b) W + c = xhat (w W) + (b W + c): scale and bias go into the small matrix. 7 % of a training step."""
-    C = x.shape[-1]
-    rows, W = x.reshape(-1, C), weight[:, :, 0, 0].T
-    xhat, rstd = np.empty((len(rows), C), x.dtype), np.empty((len(rows), 1), x.dtype)
-    for s in _cut(len(rows), TILE // C):
-        _normalize(rows[s], xhat[s], rstd[s])
-    y, _ = linear(xhat, norm_weight[:, None] * W, norm_bias @ W + bias)
-    return y.reshape(*x.shape[:-1], -1), (xhat, rstd, norm_weight, norm_bias, W)
+    W = weight[:, :, 0, 0].T
+    wW, c = norm_weight[:, None] * W, norm_bias @ W + bias
+    y, xhat, rstd = _normalized(x, len(weight), lambda xhat, y: _biased(np.matmul(xhat, wW, out=y), c))
+    return y, (xhat, rstd, norm_weight, norm_bias, W)
 
 
 def norm_conv1x1_backward(dy, cache):
@@ -218,11 +228,13 @@ def conv3x3(x, weight, bias):
     B, H, W, C = x.shape
     y = np.empty((B, H, W, len(weight)), x.dtype)
     matrices = weight.transpose(2, 3, 1, 0).reshape(3, 3 * C, -1)
-    for b, h in _tiles(B, H, 3 * W * C):
+
+    def tile(b, h):
         top, middle, bottom = (rows @ matrix for rows, matrix in zip(_triples(x, b, h), matrices))
         top += middle
         top += bottom
         np.add(top.reshape(y[b, h].shape), bias, out=y[b, h])
+    side_by_side(tile, _tiles(B, H, 3 * W * C))
     return y, (x, weight)
 
 
@@ -255,9 +267,11 @@ def depthwise3x3(x, weight, bias):
     B, H, W, C = x.shape
     y = np.empty((B, H, W * C), x.dtype)
     taps, bias = _taps(weight, W), np.tile(bias, W)
-    for b, h in _tiles(B, H, W * C):
+
+    def tile(b, h):
         np.einsum("bhijk,ijk->bhk", _shifted(x, b, h), taps, out=y[b, h])
         y[b, h] += bias
+    side_by_side(tile, _tiles(B, H, W * C))
     return y.reshape(x.shape), (x, weight)
 
 
@@ -279,8 +293,10 @@ def depthwise3x3_backward(dy, cache):
 
 def simple_gate(x):
     """einsum has the cheaper inner loop for rows this short: two thirds of the time."""
-    halves = x.reshape(-1, 2, x.shape[-1] // 2)
-    return np.einsum("nc,nc->nc", halves[:, 0], halves[:, 1]).reshape(*x.shape[:-1], -1), (halves,)
+    C = x.shape[-1] // 2
+    halves = x.reshape(-1, 2, C)
+    y = _rowwise(lambda y, ab: np.einsum("nc,nc->nc", ab[:, 0], ab[:, 1], out=y), C, halves)
+    return y.reshape(*x.shape[:-1], C), (halves,)
 
 
 def simple_gate_backward(dy, cache):
@@ -315,18 +331,27 @@ def summarize(xhat, W_K, W_V, Q, heads):
     q = Q.reshape(R, heads, D // heads).swapaxes(0, 1)                          # (h,R,D/h)
     w_K, w_V = (W.reshape(C, heads, D // heads).swapaxes(0, 1) for W in (W_K, W_V))       # (h,C,D/h)
     queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)       # (hR,C): what each head of a query looks for
-    E = xhat @ queries.T                                                           # (B,N,hR)
-    k = math.gcd(N, 64)
-    top = E.reshape(B, N // k, -1).max(1).reshape(B, k, -1).max(1)              # (B,hR)
+    E, tiles = np.empty((B, N, heads * R), xhat.dtype), _tiles(B, N, max(C, heads * R))
+    top = np.full((B, heads * R), -np.inf, E.dtype)
+
+    def look(b, n):
+        e = np.matmul(xhat[b, n], queries.T, out=E[b, n])
+        k = math.gcd(e.shape[1], 64)
+        return b, e.reshape(len(e), -1, k * heads * R).max(1).reshape(len(e), k, -1).max(1)
+    for b, found in side_by_side(look, tiles):
+        np.maximum(top[b], found, out=top[b])
     shift = np.abs(top).max() > 30                                              # else exp neither overflows nor vanishes
     total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
-    for b, n in _tiles(B, N, heads * R):
+
+    def tile(b, n):
         e = E[b, n]
         if shift:
             e -= top[b][:, None]
         np.exp(e, out=e)
-        total[b] += np.ones((1, e.shape[1]), e.dtype) @ e
-        means[b] += _gram(e, xhat[b, n])
+        return b, np.ones((1, e.shape[1]), e.dtype) @ e, _gram(e, xhat[b, n])
+    for b, ones_e, e_xhat in side_by_side(tile, tiles):
+        total[b] += ones_e
+        means[b] += e_xhat
     share = 1 / total.swapaxes(1, 2)                                            # P^T = E^T share
     means *= share                                                              # P xhat
     z = means.reshape(B, heads, R, C) @ w_V                                     # (B,h,R,D/h)
