@@ -59,13 +59,6 @@ def _joined(vector, n):
     return np.tile(vector, math.gcd(n, 64))
 
 
-def _scaled(rows, scale, out):
-    """Rows (n,C) times one factor per channel (C,), into out (n,C)."""
-    s = _joined(scale, len(rows))
-    np.multiply(rows.reshape(-1, s.size), s, out=out.reshape(-1, s.size))
-    return out
-
-
 def _biased(y, bias):
     """y (...,C) with the bias (C,) added in place."""
     b = _joined(bias, y.size // y.shape[-1])
@@ -117,9 +110,9 @@ def conv1x1_backward(dy, cache):
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
-def _normalized(x, width, then, eps=1e-6):
-    """y (...,width), filled by then(xhat, y); xhat (n,C), rstd (n,1). Means are products with 1/C, a tenth of `mean`'s time."""
-    C = x.shape[-1]
+def _normalized(x, weight, bias, eps=1e-6):
+    """y = xhat W + b (...,O), xhat (n,C) and rstd (n,1). Means are products with 1/C, a tenth of the time of `mean`."""
+    C, O = weight.shape
     xhat, rstd = (np.empty((x.size // C, n), x.dtype) for n in (C, 1))
     mean = np.full((C, 1), 1 / C, x.dtype)
 
@@ -127,30 +120,31 @@ def _normalized(x, width, then, eps=1e-6):
         np.subtract(rows, rows @ mean, out=xhat)
         rstd[:] = 1 / np.sqrt(xhat * xhat @ mean + eps)
         xhat *= rstd
-        then(xhat, y)
-    return _rowwise(tile, width, x.reshape(-1, C), xhat, rstd).reshape(*x.shape[:-1], width), xhat, rstd
+        _biased(np.matmul(xhat, weight, out=y), bias)
+    return _rowwise(tile, O, x.reshape(-1, C), xhat, rstd).reshape(*x.shape[:-1], O), xhat, rstd
+
+
+def _normalized_backward(dy, weight, xhat, rstd):
+    """dx (n,C) from dy (n,O): the mean of g = dL/dxhat is taken off the small matrix, and never computed."""
+    g = dy @ (weight - weight.mean(0)).T
+    mean = np.full((g.shape[1], 1), 1 / g.shape[1], g.dtype)
+    for s in _cut(len(g), TILE // g.shape[1]):
+        product = g[s] * xhat[s]
+        g[s] -= np.multiply(xhat[s], product @ mean, out=product)
+        g[s] *= rstd[s]
+    return g
 
 
 def layernorm(x, weight, bias, eps=1e-6):
-    """Scale and bias in joined rows."""
-    y, xhat, rstd = _normalized(x, len(weight), lambda xhat, y: _biased(_scaled(xhat, weight, y), bias), eps)
-    return y, (xhat, rstd, weight)
+    """As `norm_conv1x1` with a diagonal matrix."""
+    y, *rest = _normalized(x, np.diag(weight), bias, eps)
+    return y, (*rest, weight)
 
 
 def layernorm_backward(dy, cache):
-    """In tiles; mean(dy w) and mean(dy w xhat) are products with w/C."""
     xhat, rstd, weight = cache
-    C = weight.size
-    rows, dx, dweight, dbias = dy.reshape(-1, C), np.empty_like(xhat), 0, 0
-    share = (weight / C)[:, None]
-    for s in _cut(len(rows), TILE // C):
-        product = rows[s] * xhat[s]
-        dweight, dbias = dweight + _sum(product), dbias + _sum(rows[s])
-        _scaled(rows[s], weight, dx[s])
-        dx[s] -= np.multiply(xhat[s], product @ share, out=product)
-        dx[s] -= rows[s] @ share
-        dx[s] *= rstd[s]
-    return dx.reshape(dy.shape), dweight, dbias
+    rows = dy.reshape(xhat.shape)
+    return _normalized_backward(rows, np.diag(weight), xhat, rstd).reshape(dy.shape), _sum(rows * xhat), _sum(rows)
 
 
 def groupnorm(x, weight, bias, eps=1e-6):
@@ -184,24 +178,18 @@ def groupnorm_backward(dy, cache):
 def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
     """(xhat w + b) W + c = xhat (w W) + (b W + c): scale and bias go into the small matrix. 7 % of a training step."""
     W = weight[:, :, 0, 0].T
-    wW, c = norm_weight[:, None] * W, norm_bias @ W + bias
-    y, xhat, rstd = _normalized(x, len(weight), lambda xhat, y: _biased(np.matmul(xhat, wW, out=y), c))
-    return y, (xhat, rstd, norm_weight, norm_bias, W)
+    wW = norm_weight[:, None] * W
+    y, xhat, rstd = _normalized(x, wW, norm_bias @ W + bias)
+    return y, (xhat, rstd, norm_weight, norm_bias, W, wW)
 
 
 def norm_conv1x1_backward(dy, cache):
-    """All parameters' gradients come from G = xhat^T dy and the sum of dy; the mean of g = dL/dxhat is taken off its matrix."""
-    xhat, rstd, w, b, W = cache
-    rows, C = dy.reshape(len(xhat), -1), len(w)
+    """All parameters' gradients come from G = xhat^T dy and the sum of dy."""
+    xhat, rstd, w, b, W, wW = cache
+    rows = dy.reshape(len(xhat), -1)
     G, dbias = _gram(xhat[None], rows[None])[0], _sum(rows)
-    wW, mean = w[:, None] * W, np.full((C, 1), 1 / C, dy.dtype)
-    g = rows @ (wW - wW.mean(0)).T
-    for s in _cut(len(rows), TILE // C):
-        product = g[s] * xhat[s]
-        g[s] -= np.multiply(xhat[s], product @ mean, out=product)
-        g[s] *= rstd[s]
-    dW = w[:, None] * G + np.outer(b, dbias)
-    return g.reshape(*dy.shape[:-1], C), (G * W).sum(1), W @ dbias, dW.T[:, :, None, None], dbias
+    dx, dW = _normalized_backward(rows, wW, xhat, rstd), w[:, None] * G + np.outer(b, dbias)
+    return dx.reshape(*dy.shape[:-1], -1), (G * W).sum(1), W @ dbias, dW.T[:, :, None, None], dbias
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -332,23 +320,13 @@ def summarize(xhat, W_K, W_V, Q, heads):
     w_K, w_V = (W.reshape(C, heads, D // heads).swapaxes(0, 1) for W in (W_K, W_V))       # (h,C,D/h)
     queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)       # (hR,C): what each head of a query looks for
     E, tiles = np.empty((B, N, heads * R), xhat.dtype), _tiles(B, N, max(C, heads * R))
-    top = np.full((B, heads * R), -np.inf, E.dtype)
-
-    def look(b, n):
-        e = np.matmul(xhat[b, n], queries.T, out=E[b, n])
-        k = math.gcd(e.shape[1], 64)
-        return b, e.reshape(len(e), -1, k * heads * R).max(1).reshape(len(e), k, -1).max(1)
-    for b, found in side_by_side(look, tiles):
-        np.maximum(top[b], found, out=top[b])
-    shift = np.abs(top).max() > 30                                              # else exp neither overflows nor vanishes
-    total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
+    if max(side_by_side(lambda b, n: abs(np.matmul(xhat[b, n], queries.T, out=E[b, n])).max(), tiles)) > 60:
+        E -= E.max(1, keepdims=True)                                            # else exp neither overflows nor vanishes
 
     def tile(b, n):
-        e = E[b, n]
-        if shift:
-            e -= top[b][:, None]
-        np.exp(e, out=e)
+        e = np.exp(E[b, n], out=E[b, n])
         return b, np.ones((1, e.shape[1]), e.dtype) @ e, _gram(e, xhat[b, n])
+    total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
     for b, ones_e, e_xhat in side_by_side(tile, tiles):
         total[b] += ones_e
         means[b] += e_xhat
