@@ -49,8 +49,7 @@ def _tiles(B, N, width):
 def _rowwise(work, width, *arrays):
     """y (n,width): work(y, ...) fills it, tile after tile of n rows that the arrays have in common; idle threads help."""
     arrays = np.empty((len(arrays[0]), width), arrays[0].dtype), *arrays
-    size = TILE // max(a[0].size for a in arrays)
-    side_by_side(work, [[a[n] for a in arrays] for n in _cut(len(arrays[0]), size)])
+    side_by_side(work, [[a[n] for a in arrays] for n in _cut(len(arrays[0]), TILE // max(a[0].size for a in arrays))])
     return arrays[0]
 
 
@@ -178,8 +177,7 @@ def groupnorm_backward(dy, cache):
 def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
     """(xhat w + b) W + c = xhat (w W) + (b W + c): scale and bias go into the small matrix. 7 % of a training step."""
     W = weight[:, :, 0, 0].T
-    wW = norm_weight[:, None] * W
-    y, xhat, rstd = _normalized(x, wW, norm_bias @ W + bias)
+    y, xhat, rstd = _normalized(x, wW := norm_weight[:, None] * W, norm_bias @ W + bias)
     return y, (xhat, rstd, norm_weight, norm_bias, W, wW)
 
 
