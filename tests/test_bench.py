@@ -114,8 +114,12 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     assert re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1])
 
 
+def die(*_):
+    os._exit(1)
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_is_one_sentence(monkeypatch, capfd):
-    monkeypatch.setattr(bench, "serve", os._exit)
+    monkeypatch.setattr(bench, "serve", die)
     with bench.contender("tinycea") as ask, pytest.raises(InputError, match="process ended"):
-        ask(1)
+        ask("prepare", "inference", (1, 8))
