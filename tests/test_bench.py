@@ -1,6 +1,8 @@
 """Proves the bench: it refuses rivals that compute something else, its figures are those of the runs, its rows have one form."""
 import json
+import os
 import re
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -56,6 +58,17 @@ def test_both_sides_compute_the_same(kind, size, layout):
         assert np.abs(b).max() > 0 and np.abs(a - b.reshape(np.shape(a))).max() <= bench.TOLERANCE * np.abs(b).max()
 
 
+def test_chunks_on_threads_and_jax_compute_the_same():
+    """In a process of its own each, as JAX changes the modules of its process."""
+    kinds = [("CEA forward+backward", (64, 12, 3)), ("NAFBlock forward+backward", (2, 5, 7, 6)), ("training step", (2, 12)),
+             ("inference", (1, 12))]
+    sides = [("tinycea", 1), ("tinycea", 2)] + [("JAX", 1)] * bench.installed("jax")
+    with ExitStack() as stack:
+        asks = {side: stack.enter_context(bench.contender(*side)) for side in sides}
+        for job in kinds:
+            assert set(bench.race(asks, *job, 0)) == set(sides)
+
+
 def check(rows):
     for row in rows:
         units = {key.split("_")[1] for key in row if key.startswith(("ours_", "theirs_"))}
@@ -93,7 +106,7 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench, "process_seconds", lambda arguments: 1.0)
     rows = list(bench.bench(quick=True))
     check(rows)
-    assert {row["rival"] for row in rows} == {"PyTorch is not installed", "none", "import numpy"}
+    assert {row["rival"] for row in rows} == {"PyTorch and JAX are not installed", "none", "import numpy", "tinycea, 1 thread"}
     monkeypatch.setattr(bench, "bench", lambda quick: iter(rows))
     assert cli.main(["bench"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -101,7 +114,12 @@ def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     assert re.search(r"numpy .*; float32; \d{4}-\d\d-\d\d", printed[-1])
 
 
+def die(*_):
+    os._exit(1)
+
+
 @pytest.mark.slow
-def test_a_process_that_dies_is_one_sentence(capfd):
-    with bench.contender("no such layout") as ask, pytest.raises(InputError, match="process ended"):
+def test_a_process_that_dies_is_one_sentence(monkeypatch, capfd):
+    monkeypatch.setattr(bench, "serve", die)
+    with bench.contender("tinycea") as ask, pytest.raises(InputError, match="process ended"):
         ask("prepare", "inference", (1, 8))

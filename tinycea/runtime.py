@@ -10,8 +10,11 @@ import stat
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar, copy_context
+from itertools import starmap
 from multiprocessing.connection import wait
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -166,17 +169,44 @@ def _end_with_parent():
 # ---- other hands: threads, the ranks of MPI --------------------------------------------------------------------------
 
 RANKS = None                                  # an executor whose workers are the other ranks, where this is rank 0 of several
+CALLS = ContextVar("calls", default=starmap)  # how a thread makes the calls of `side_by_side`
+
+
+def side_by_side(function, jobs):
+    """[function(*job) for job in jobs], in any order; within `threaded`, threads that are idle help."""
+    return list(CALLS.get()(function, jobs))
 
 
 @contextmanager
 def shared(threads):
-    """Within: a function as itertools.starmap, whose calls are shared with the other ranks, or else among so many threads."""
-    def share(function, jobs):
-        given = {i: executor.submit(function, *job) for i, job in enumerate(jobs) if i % hands}
+    """Within, so many threads, this one among them, make the calls of `side_by_side`; also those made within one of its calls.
+
+    Only idle ones are asked: no more are at work, none waits for one that waits. Yields a function as `side_by_side` by which the
+    other ranks, where there are any, make the calls instead; what is called then changes but its own copy of a job.
+    """
+    def among_threads(function, jobs):
+        def work():
+            return [(i, function(*job)) for i, job in turns]
+        turns, helpers = iter(enumerate(jobs)), []
+        while len(helpers) < len(jobs) - 1 and idle.acquire(blocking=False):
+            helpers.append(executor.submit(copy_context().run, work))
+            helpers[-1].add_done_callback(lambda helper: idle.release())
+        try:
+            done = work()
+        finally:
+            list(turns)                       # after an error, no other begins
+        return [result for _, result in sorted(sum((helper.result() for helper in helpers), done), key=itemgetter(0))]
+
+    def among_ranks(function, jobs):
+        given = {i: RANKS.submit(function, *job) for i, job in enumerate(jobs) if i % (RANKS.num_workers + 1)}
         return [given[i].result() if i in given else function(*job) for i, job in enumerate(jobs)]
-    hands = RANKS.num_workers + 1 if RANKS else threads
-    with nullcontext(RANKS) if RANKS else ThreadPoolExecutor(threads) as executor:
-        yield share
+    idle = threading.Semaphore(0 if RANKS else threads - 1)
+    with ThreadPoolExecutor(threads) as executor:
+        before = CALLS.set(among_threads)
+        try:
+            yield among_ranks if RANKS else side_by_side
+        finally:
+            CALLS.reset(before)
 
 
 @contextmanager

@@ -1,36 +1,36 @@
-"""tinycea against its twin, the same network in PyTorch: time, peak memory, growth with the image, cold start.
+"""tinycea against the same network in PyTorch (the twin) and in JAX: time, peak memory, growth with the image, cold start.
 
-Each side lives in a process of its own and both are run in turn, so that a slow moment of the machine strikes both; what is
-compared is first shown to give the same outputs and gradients. tinycea computes on one thread; PyTorch gets one thread, then all
-cores.
+Each side lives in a process of its own and all are run in turn, so that a slow moment of the machine strikes all; what is
+compared is first shown to give the same outputs and gradients. Every side gets one thread, then all cores.
 """
 import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
-from tqdm import tqdm
 
-from .. import cea
+from .. import cea, nafnet
 from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
-from ..ops import backend, cpu
+from ..ops import backend, cpu, reference
 from ..optim import clip_by_norm
 from ..params import Params, under
-from ..runtime import InputError, machine, peak_memory
+from ..runtime import InputError, machine, peak_memory, pool, shared, side_by_side
 from ..training import gradient, on_device
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
 JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
         + [("NAFBlock forward+backward", (8, 64, 64, 32)), ("training step", (8, 48)), ("training step", (8, 96)),
            ("inference", (1, 256)), ("inference", (1, 512)), ("inference", (1, 1024))])
+FORWARD = "CEA forward", "inference"          # the others compute gradients
 PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
 GROWTH = [64, 128, 256, 512, 1024]
 FULL, QUICK = (JOBS, PEAKS, GROWTH), ([JOBS[3], JOBS[6], JOBS[7], JOBS[9]], PEAKS[:1], GROWTH[:3])
@@ -41,7 +41,7 @@ TURN = 0.05                                   # seconds that a side runs before 
 LR, DECAY, CLIP = 1e-4, 1e-4, 1.0
 
 
-# ---- the two sides: (kind, size) -> a function that runs the job once ------------------------------------
+# ---- the sides: (kind, size) -> a function that runs the job once, and one that makes NumPy arrays of what it returned ------
 
 def job_data(kind, size):
     """A job's configuration (CEA: heads), parameters, input, target (or upstream gradient), (B,H,W,C), for both sides alike."""
@@ -64,38 +64,79 @@ def job_data(kind, size):
     return config, p, *(rng.normal(size=shape).astype(np.float32) for _ in range(2))
 
 
-def ours(kind, size, room=cpu):
-    """The job in tinycea on a backend; it returns the arrays to compare."""
+def forward(x, p, config, room):
+    """What a job's configuration says: a NAFBlock (None), a CEA layer (its heads) or the network -> y, cache."""
+    if config is None:
+        return nafblock(x, p, room)
+    return cea.cea(x, p, config, room) if isinstance(config, int) else centered(x, p, config, room, keep=False)
+
+
+def ours(kind, size, room=cpu, threads=1):
+    """The job in tinycea on a backend; it returns the arrays to compare. A batch is as many chunks as threads, as in `train`."""
     cpu.keep_memory()
     config, p, *images = job_data(kind, size)
-    p, x, target = on_device(p, room), *map(room.to_device, images)
-    g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
+    p, images = on_device(p, room), list(map(room.to_device, images))
+    m, v = np.zeros_like(p.flat), np.zeros_like(p.flat)
+    chunks = list(zip(*(np.array_split(a, min(threads, len(a))) for a in images)))
 
-    def forward():
-        return cea.cea(x, p, config, room) if config else nafblock(x, p, room)
+    def part(x, target):
+        g = p.zeros_like()
+        if kind == "training step":
+            return [gradient(x, target, p, config, room, g)], g.flat
+        y, cache = forward(x, p, config, room)
+        return y, (cea.cea_backward if config else nafblock_backward)(target, cache, g), g.flat
 
     def both():
-        g.flat[:] = 0
-        y, cache = forward()
-        dx = (cea.cea_backward if config else nafblock_backward)(target, cache, g)
-        return y, dx, g.flat
+        *outputs, g = zip(*side_by_side(part, chunks))
+        return *(np.concatenate(o) if len(o) > 1 else o[0] for o in outputs), sum(g)
 
     def step():
-        loss = gradient(x, target, p, config, room, g)
-        clip_by_norm(g.flat, CLIP)
-        room.adamw(p.flat, g.flat, m, v, 1, LR, DECAY)
-        return loss, g.flat
-    return {"inference": lambda: (centered(x, p, config, room, keep=False)[0],), "training step": step,
-            "CEA forward": lambda: forward()[:1]}.get(kind, both)
+        losses, g = both()
+        g /= len(chunks)
+        clip_by_norm(g, CLIP)
+        room.adamw(p.flat, g, m, v, 1, LR, DECAY)
+        return np.mean(losses), g
+    return (lambda: forward(images[0], p, config, room)[:1]) if kind in FORWARD else step if kind == "training step" else both
 
 
-def theirs(kind, size, layout, threads, device="cpu", compiled=False):
-    """The job in PyTorch, eager or by torch.compile, and a function that makes arrays like `ours` of what it returned."""
+def jaxed(kind, size, threads=1):
+    """The job in JAX, as `theirs`: the text of ops/reference on jax.numpy, compiled. It changes the modules of its process."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])      # JAX takes every core that it sees
+    import jax
+
+    def windows(x, *_):
+        shifts = [x[:, i:x.shape[1] - 2 + i, j:x.shape[2] - 2 + j] for i, j in np.ndindex(3, 3)]
+        return jax.numpy.stack(shifts, -1).reshape(*shifts[0].shape, 3, 3)
+    config, p, *images = job_data(kind, size)
+    x, target, w, m, v = map(jax.numpy.asarray, (*images, p.flat, 0 * p.flat, 0 * p.flat))
+    reference.sliding_window_view = windows
+    reference.np = nafnet.np = SimpleNamespace(**vars(jax.numpy) | {"ndindex": np.ndindex})
+
+    def net(w, x):
+        return forward(x, p.over(w), config, reference)[0]
+
+    def both(w, x, target, m, v):
+        y, backward = jax.vjp(net, w, x)
+        return y, *reversed(backward(target))
+
+    def step(w, x, target, m, v):
+        loss, g = jax.value_and_grad(lambda w: reference.psnr_loss(net(w, x), target)[0])(w)
+        g = g * jax.numpy.minimum(1, CLIP / jax.numpy.linalg.norm(g))
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        return loss, g, (w - LR * (m / 0.1 / (jax.numpy.sqrt(v / 0.01) + 1e-8) + DECAY * w), m, v)
+    run = jax.jit((lambda w, x, *_: (net(w, x),)) if kind in FORWARD else step if kind == "training step" else both)
+    return (lambda: jax.block_until_ready(run(w, x, target, m, v)),
+            lambda arrays: [np.asarray(a) for a in arrays if not isinstance(a, tuple)])
+
+
+def theirs(kind, size, layout, threads, device="cpu"):
+    """The job in PyTorch, eager or "compiled", and a function that makes arrays like `ours` of what it returned."""
     import torch
 
     from . import twin
     torch.set_num_threads(threads)
-    layout = getattr(torch, {"NCHW": "contiguous_format"}.get(layout, layout))
+    compiled, layout = layout == "compiled", torch.contiguous_format if layout == "NCHW" else torch.channels_last
     config, p, *arrays = job_data(kind, size)
     if kind.startswith("CEA"):
         net = twin.CEA(p, config)
@@ -113,9 +154,8 @@ def theirs(kind, size, layout, threads, device="cpu", compiled=False):
     x, target = (torch.as_tensor(a, device=device).permute(0, 3, 1, 2).contiguous(memory_format=layout) for a in arrays)
     optimizer = torch.optim.AdamW(net.parameters(), LR, (0.9, 0.99), weight_decay=DECAY, fused=True)
 
-    @torch.no_grad()
-    def forward():
-        return (net(x) if kind.startswith("CEA") else (net(2 * x - 1) + 1) / 2,)
+    def restored():
+        return (net(2 * x - 1) + 1) / 2
 
     def both():
         net.zero_grad()
@@ -126,7 +166,7 @@ def theirs(kind, size, layout, threads, device="cpu", compiled=False):
 
     def step():
         net.zero_grad()
-        mse = ((net(2 * x - 1) + 1) / 2 - target).square().mean((1, 2, 3))
+        mse = (restored() - target).square().mean((1, 2, 3))
         loss = 10 * torch.log10(mse + 1e-8).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
@@ -137,41 +177,31 @@ def theirs(kind, size, layout, threads, device="cpu", compiled=False):
         gradients = [parameters[name].grad.reshape(-1) for name in p if parameters[name].grad is not None]
         images = [y.detach().permute(0, 2, 3, 1) if y.ndim == 4 else y.detach() for y in images]
         return [tensor.cpu().numpy() for tensor in images + ([torch.cat(gradients)] if gradients else [])]
-    return {"inference": forward, "training step": step, "CEA forward": forward}.get(kind, both), answers
+    run = {"inference": lambda: (restored(),), "CEA forward": lambda: (net(x),), "training step": step}.get(kind, both)
+    return torch.no_grad()(run) if kind in FORWARD else run, answers
 
 
 # ---- processes --------------------------------------------------------------------------------------------------------
 
-def serve(connection, layout=None, threads=1, device="cpu", compiled=False):
-    """One side's process: prepares the job it is sent and runs it when asked, until it is terminated."""
-    room = None if layout else backend(device)
-    wait = waiter(device, room)
-    while True:
-        task, *job = connection.recv()
+HERE = {}                                     # of a side's own process: the job that it has prepared
+
+
+def serve(task, job, side, threads=1, device="cpu"):
+    """Do as a side's process is asked: prepare a job, then time it, or tell its memory in MB."""
+    room = backend(device) if side == "tinycea" else None
+    gpu = device != "cpu" and (room or importlib.import_module("torch").cuda)
+    with shared(threads):
         if task == "prepare":
-            run, answers = (theirs(*job, layout, threads, device, compiled) if layout
-                            else (ours(*job, room), lambda arrays: [*map(room.to_host, arrays)]))
-            connection.send(answers(run()))
-        elif task == "time":
-            connection.send(seconds_of(run, wait))
-        elif task == "peak memory":
-            connection.send(peak_memory() if device == "cpu" else reserved(room))
-        elif task == "peak of arrays":
-            tracemalloc.start()
-            run()
-            connection.send(tracemalloc.get_traced_memory()[1] / 2**20)
-
-
-def waiter(device, room):
-    """A function that waits for the device: nothing on a CPU, else PyTorch's, or that of our backend."""
-    if device == "cpu":
-        return lambda: None
-    return room.synchronize if room else importlib.import_module("torch").cuda.synchronize
-
-
-def reserved(room):
-    """MB that our backend, or without one PyTorch, has reserved on the GPU."""
-    return (room.reserved() if room else importlib.import_module("torch").cuda.max_memory_reserved()) / 2**20
+            HERE["run"], answers = (ours(*job, room, threads), lambda arrays: [*map(room.to_host, arrays)]) if room else \
+                jaxed(*job, threads) if side == "JAX" else theirs(*job, side, threads, device)
+            return answers(HERE["run"]())
+        if task == "time":
+            return seconds_of(HERE["run"], gpu.synchronize if gpu else int)
+        if task == "peak memory":
+            return (room.reserved() if room else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
+        tracemalloc.start()
+        HERE["run"]()
+        return tracemalloc.get_traced_memory()[1] / 2**20
 
 
 def seconds_of(run, wait):
@@ -187,26 +217,15 @@ def seconds_of(run, wait):
 
 
 @contextmanager
-def contender(*settings):
-    """A process that serves; within: ask(task, *job), which returns its answer. InputError when it dies."""
-    context = multiprocessing.get_context("spawn")
-    connection, other = context.Pipe()
-    process = context.Process(target=serve, args=(other, *settings), daemon=True)
-    process.start()
-    other.close()                             # the process's alone, so that we hear of its end
-
-    def ask(*message):
-        try:
-            connection.send(message)
-            return connection.recv()
-        except (EOFError, ConnectionError):
-            raise InputError(f"the bench's process ended at {message}; its own words are above") from None
-    try:
+def contender(*side):
+    """A process of a side; within: ask(task, *job), which returns what it serves. InputError when it dies."""
+    with pool(1) as executor:
+        def ask(task, *job):
+            try:
+                return executor.submit(serve, task, job, *side).result()
+            except BrokenExecutor:
+                raise InputError(f"the bench's process ended at {(task, *job)}; its own words are above") from None
         yield ask
-    finally:
-        process.terminate()
-        process.join()
-        connection.close()
 
 
 def race(asks, kind, size, rounds):
@@ -239,11 +258,15 @@ def row(name, mine, other, rival, unit):
     return {"name": name, f"ours_{unit}": ours, f"theirs_{unit}": theirs, "ratio": ratio, "spread": spread, "rival": rival}
 
 
-def fastest(values, threads):
-    """PyTorch's side of smallest median on so many threads: its key in `values` (None without PyTorch), and its name in a row."""
-    best = min(((layout, n) for layout, n in values if layout != "tinycea" and n == threads),
-               key=lambda side: np.median(values[side]), default=None)
-    return best, f"PyTorch {best[0]}, {threads} thread{'s' * (threads > 1)}" if best else "PyTorch is not installed"
+def rows(name, values, threads, unit):
+    """A row for each rival on so many threads; PyTorch's is that of its faster layout."""
+    for sides in (("NCHW", "channels_last"), ("JAX",)):
+        found = [side for side in sides if (side, threads) in values]
+        for best in sorted(found, key=lambda side: np.median(values[side, threads]))[:1]:
+            rival = f"{'PyTorch ' * (best != 'JAX')}{best}, {threads} thread{'s' * (threads > 1)}"
+            yield row(name, values["tinycea", threads], values[best, threads], rival, unit)
+    if all(side == "tinycea" for side, _ in values):
+        yield row(name, values["tinycea", threads], None, "PyTorch and JAX are not installed", unit)
 
 
 def label(kind, size):
@@ -254,30 +277,27 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; ten minutes on two cores, a minute with `quick`. Without PyTorch: ours alone."""
-    torch = importlib.util.find_spec("torch") is not None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    layouts = ("NCHW", "channels_last") if torch else ()
-    threads = sorted({1, cores}) if torch else [1]
+    """Yield the rows, dicts as `row` makes them; half an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
+    counts = sorted({1, os.cpu_count()})
+    names = ["tinycea"] + ["NCHW", "channels_last"] * installed("torch") + ["JAX"] * installed("jax")
     jobs, peaks, growth = QUICK if quick else FULL
-    with tqdm(total=len(jobs) + len(peaks) + 2 * len(growth) + 3, desc="bench", leave=False, disable=None) as bar:
-        settings = {("tinycea", 1): ()} | {(layout, n): (layout, n) for n in threads for layout in layouts}
-        with ExitStack() as stack:
-            asks = {name: stack.enter_context(contender(*arguments)) for name, arguments in settings.items()}
-            for kind, size in jobs:
-                bar.set_postfix_str(label(kind, size))
-                seconds = race(asks, kind, size, 3 if quick else 21)
-                for n in threads:
-                    best, rival = fastest(seconds, n)
-                    yield row(label(kind, size), seconds["tinycea", 1], seconds.get(best), rival, "s")
-                bar.update()
-            yield from growth_rows(asks, growth, 3 if quick else 5, bar)
-        for kind, size in peaks:
-            memory = {name: [peak("peak memory", kind, size, 3, *setting)] for name, setting in settings.items() if name[1] == 1}
-            best, rival = fastest(memory, 1)
-            yield row(f"peak memory, {label(kind, size)}", memory["tinycea", 1], memory.get(best), rival, "mb")
-            bar.update()
-        yield from cold_start(torch, 1 if quick else 9, bar)
+    with ExitStack() as stack:
+        asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
+        for kind, size in jobs:
+            seconds = race(asks, kind, size, 3 if quick else 21)
+            for n in counts:
+                yield from rows(label(kind, size), seconds, n, "s")
+            for n in counts[1:]:
+                yield row(f"{label(kind, size)}, {n} threads", *(seconds["tinycea", k] for k in (n, 1)), "tinycea, 1 thread", "s")
+        yield from growth_rows({side: ask for side, ask in asks.items() if side[1] == 1}, growth, 3 if quick else 5)
+    for kind, size in peaks:
+        memory = {(name, 1): [peak("peak memory", kind, size, 3, name)] for name in names}
+        yield from rows(f"peak memory, {label(kind, size)}", memory, 1, "mb")
+    yield from cold_start(1 if quick else 9)
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
 
 
 def bench_gpu(quick=False):
@@ -294,18 +314,17 @@ def bench_gpu(quick=False):
     for name, run, numbers in kernels(room, N, C, R):
         rates = [4 * numbers / seconds_of(run, room.synchronize) / 1e9 for _ in range(rounds)]
         yield row(f"{name}, N {N}, C {C}, R {R}", rates, copies, "copy on the device", "gb")
-    settings = {("tinycea", 1): (None, 1, "cuda")}
-    if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
-        settings |= {(name, 1): ("channels_last", 1, "cuda", name == "compiled") for name in ("eager", "compiled")}
+    sides = ["tinycea"]
+    if installed("torch") and importlib.import_module("torch").cuda.is_available():
+        sides += ["channels_last", "compiled"]
     for kind, size in GPU_JOBS[4:5] if quick else GPU_JOBS:
         with ExitStack() as stack:
-            asks = {name: stack.enter_context(contender(*arguments)) for name, arguments in settings.items()}
-            seconds = race(asks, kind, size, rounds)
-        memory = {name: [peak("peak memory", kind, size, 3, *arguments)] for name, arguments in settings.items()}
-        for name in list(settings)[1:] or [None]:
-            rival = f"PyTorch {name[0]}" if name else "PyTorch is not installed, or sees no GPU"
-            yield row(label(kind, size), seconds["tinycea", 1], seconds.get(name), rival, "s")
-            yield row(f"GPU memory, {label(kind, size)}", memory["tinycea", 1], memory.get(name), rival, "mb")
+            seconds = race({side: stack.enter_context(contender(side, 1, "cuda")) for side in sides}, kind, size, rounds)
+        memory = {side: [peak("peak memory", kind, size, 3, side, 1, "cuda")] for side in sides}
+        for side in sides[1:] or [None]:
+            rival = f"PyTorch {side}" if side else "PyTorch is not installed, or sees no GPU"
+            yield row(label(kind, size), seconds["tinycea"], seconds.get(side), rival, "s")
+            yield row(f"GPU memory, {label(kind, size)}", memory["tinycea"], memory.get(side), rival, "mb")
 
 
 def least_work(N, C, R, heads=4):
@@ -359,36 +378,25 @@ def exponent(sizes, values):
     return np.polyfit(2 * np.log(sizes), np.log(values), 1)[0]
 
 
-def growth_rows(asks, sizes, rounds, bar):
-    """Exponents of time and of the arrays' memory over the pixels of one image; PyTorch's time at its faster layout."""
-    asks = {side: ask for side, ask in asks.items() if side[1] == 1}
+def growth_rows(asks, sizes, rounds):
+    """Exponents of time and of the arrays' memory over the pixels of one image."""
     for kind in ("inference", "training step"):
-        seconds, megabytes = [], []
-        for n in sizes:
-            bar.set_postfix_str(f"growth, {kind}, {n} x {n}")
-            seconds.append(race(asks, kind, (1, n), rounds))
-            megabytes.append(peak("peak of arrays", kind, (1, n), 1))
-            bar.update()
-        best, rival = fastest(seconds[-1], 1)
+        seconds = [race(asks, kind, (1, n), rounds) for n in sizes]
+        megabytes = [peak("peak of arrays", kind, (1, n), 1, "tinycea") for n in sizes]
         name = f"{kind} over {sizes[0]} x {sizes[0]} to {sizes[-1]} x {sizes[-1]} pixels"
-        exponents = {side: [exponent(sizes, [np.median(s[side]) for s in seconds])] for side in asks}
-        yield row(f"time, {name}", exponents["tinycea", 1], exponents.get(best), rival, "exponent")
+        yield from rows(f"time, {name}", {side: [exponent(sizes, [np.median(s[side]) for s in seconds])] for side in asks}, 1,
+                        "exponent")
         yield row(f"memory of arrays, {name}", [exponent(sizes, megabytes)], None, "none", "exponent")
 
 
-def cold_start(torch, rounds, bar):
-    """Whole processes: importing the network, against importing NumPy and PyTorch; the gradient check."""
-    commands = {"tinycea": ["-c", "import tinycea.nafnet"], "numpy": ["-c", "import numpy"]}
-    commands |= {"torch": ["-c", "import torch"]} if torch else {}
-    seconds = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, arguments in commands.items():
-            seconds[name].append(process_seconds(arguments))
-    for name in list(commands)[1:]:
-        yield row("cold start, import tinycea.nafnet", seconds["tinycea"], seconds[name], f"import {name}", "s")
-    bar.update(2)
+def cold_start(rounds):
+    """Whole processes: importing the network, against importing NumPy and the rivals; the gradient check."""
+    names = ["tinycea.nafnet", "numpy", *filter(installed, ("torch", "jax"))]
+    turns = [[process_seconds(["-c", f"import {name}"]) for name in names] for _ in range(rounds)]
+    mine, *others = zip(*turns)
+    for name, seconds in zip(names[1:], others):
+        yield row("cold start, import tinycea.nafnet", mine, seconds, f"import {name}", "s")
     yield row("cold start, tinycea gradcheck", [process_seconds(["-m", "tinycea", "gradcheck"])], None, "none", "s")
-    bar.update()
 
 
 def process_seconds(arguments):
@@ -415,12 +423,10 @@ def publish(backend_name, quick, as_json):
     """Print the rows of a backend as they come, or all as JSON, then what machine they were measured on."""
     rows = bench_gpu(quick) if backend_name == "cuda" else bench(quick)
     if as_json:
-        print(json.dumps(list(rows), indent=1))
-        return
+        return print(json.dumps(list(rows), indent=1))
     print(HEADER)
-    versions = {"numpy"}
     for row in rows:
-        versions |= {"torch"} if "PyTorch" in row["rival"] and row["ratio"] else set()
         print(format_row(row), flush=True)
+    versions = ["numpy", *filter(installed, ("torch", "jax"))]
     where = machine() if backend_name == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
-    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in sorted(versions))}; float32; {date.today()}")
+    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in versions)}; float32; {date.today()}")
