@@ -72,9 +72,9 @@ assert (np.sign(P @ a) == np.sign(hand["Q"][:, :3])).all()  # each query sees mo
 # %% [markdown]
 # ## 1. A probe that looks at an image
 #
-# Eight such queries there are, one for each choice of three signs. A query $q$ (a vector of $D$ numbers) scores
-# every token's *key* $k_n$ by a dot product. A softmax over the tokens turns the scores $l_n$ into shares, and the summary is the
-# mean of the tokens' *values* $v_n$ with these shares:
+# There are eight queries, one for each choice of three signs. A query $q$ (a vector of $D$ numbers) scores every token's *key*
+# $k_n$ by a dot product. A softmax over the tokens turns the scores $l_n$ into shares, and the summary is the mean of the tokens'
+# *values* $v_n$ with these shares:
 #
 # $$l_n = \frac{\langle q, k_n \rangle}{\sqrt D}, \qquad p_n = \frac{e^{l_n}}{\sum_m e^{l_m}}, \qquad z = \sum_n p_n v_n .$$
 #
