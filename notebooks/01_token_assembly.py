@@ -65,14 +65,14 @@ S = X @ A.T
 Y = X + S @ U
 
 # %%
-figure, axes = plt.subplots(1, 6, figsize=(9, 2.1))
+figure, axes = plt.subplots(1, 6, figsize=(9, 2))
 show(axes[0], seen(mechanism.color(X)), f"X: {dB(mechanism.color(X), J):.1f} dB")
 for r, axis in enumerate(axes[1:4]):
     show(axis, S[:, r].reshape(SIDE, SIDE), f"$s_{{n{r + 1}}}$, and $u_{r + 1}$", cmap="PuOr", vmin=-3, vmax=3)
     axis.add_patch(plt.Rectangle((3, 3), 16, 16, fc=np.clip(mechanism.color(U[r]) + 0.5, 0, 1), ec="black"))
+axes[2].set_xlabel("orange −3 … violet +3")
 show(axes[4], seen(mechanism.color(S @ U)), r"$\Delta X = SU$")
 show(axes[5], seen(mechanism.color(Y)), f"Y: {dB(mechanism.color(Y), J):.1f} dB")
-figure.colorbar(axes[3].images[0], ax=axes[1:4], location="bottom", label="affinity s", aspect=50)
 figure.suptitle("Each pixel asks how much of each lamp it got, and subtracts just that", fontsize=10)
 plt.show()
 assert dB(mechanism.color(Y), J) > dB(mechanism.color(X), J) + 15
@@ -218,9 +218,9 @@ assert gain["regions", "softmax"] > gain["regions", "signed"] + 1
 # w_{nr} = \frac{e^{s_{nr}}}{\sum_{q} e^{s_{nq}}} \;\text{(softmax)}, \quad
 # w_{nr} = \frac{[r \in \text{top } k]\; e^{s_{nr}}}{\sum_{q \in \text{top } k} e^{s_{nq}}} \;\text{(top-k)} .$$
 #
-# Shares are positive and sum to 1. So opposite tokens cannot get opposite residuals, and one that needs nothing gets something.
-# But they clean a noisy key, where signed affinities pass its noise on. Top-k is not even continuous: for a token between two
-# components a step of $10^{-9}$ changes the winner.
+# Shares are positive and sum to 1. So, unless the directions cancel, opposite tokens cannot get opposite residuals, and one that
+# needs nothing gets something. But shares clean a noisy key, where signed affinities pass its noise on. Top-k is not even
+# continuous: for a token between two components a step of $10^{-9}$ changes the winner.
 
 # %%
 E = np.exp(S)

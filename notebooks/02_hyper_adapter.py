@@ -259,9 +259,11 @@ plt.show()
 # deviations sum to zero; so $\partial\sigma/\partial x_j = \bar x_j / n$. By the quotient rule, and with a gradient $g$ of
 # $\bar x$,
 #
-# $$\frac{\partial \bar x_i}{\partial x_j} = \frac{\delta_{ij} - \frac1n}{\sigma} - \frac{x_i - \mu}{\sigma^2} \frac{\bar x_j}{n}
-# = \frac1\sigma \Big( \delta_{ij} - \frac1n - \frac{\bar x_i \bar x_j}{n} \Big) \;\Longrightarrow\;
-# dx_j = \frac1\sigma \Big( g_j - \frac1n \sum_i g_i - \bar x_j\, \frac1n \sum_i g_i \bar x_i \Big) .$$
+# $$\begin{aligned}
+# \frac{\partial \bar x_i}{\partial x_j} &= \frac{\delta_{ij} - \frac1n}{\sigma} - \frac{x_i - \mu}{\sigma^2} \frac{\bar x_j}{n}
+# = \frac1\sigma \Big( \delta_{ij} - \frac1n - \frac{\bar x_i \bar x_j}{n} \Big) \\
+# dx_j &= \frac1\sigma \Big( g_j - \frac1n \sum_i g_i - \bar x_j\, \frac1n \sum_i g_i \bar x_i \Big) .
+# \end{aligned}$$
 #
 # In words: what the norm forgets, the mean and the length, is projected out of the gradient.
 
@@ -436,8 +438,10 @@ plt.show()
 # %% [markdown]
 # Read the backward above with $U = 0$:
 #
-# $$dS = dY\, U^\top / \sqrt R = 0, \quad dA = 0, \quad dU = S^\top dY / \sqrt R \ne 0, \quad dW_U = Z^\top dU \ne 0, \quad
-# dZ = dU\, W_U^\top + dA\, W_A^\top = 0 ,$$
+# $$\begin{aligned}
+# dS &= dY\, U^\top / \sqrt R = 0, & dA &= 0, & dZ &= dU\, W_U^\top + dA\, W_A^\top = 0, \\
+# dU &= S^\top dY / \sqrt R \ne 0, & dW_U &= Z^\top dU \ne 0, &&
+# \end{aligned}$$
 #
 # and with $dZ$ everything in the probe. From the second step on, all move. Were $W_A$ zero as well, $S = 0$ would stop $dU$ too,
 # forever: zero a product in one factor only.
