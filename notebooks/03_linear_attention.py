@@ -171,8 +171,10 @@ plt.show()
 # $r$ may be zero or negative, so it is no use as a normalizer: leave it out, and put constant scales in its place. What remains
 # is the update of CEA, the first-order term of softmax attention's numerator:
 #
-# $$\Delta x_n = \frac{1}{\sqrt{CR}}\; x_n^\top \sum_r a_r\, u_r^\top = \frac{1}{\sqrt R} \sum_r s_{nr}\, u_r, \qquad
-# \sum_r e^{s_{nr}}\, u_r = \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r + \dots$$
+# $$\begin{aligned}
+# \Delta x_n &= \frac{1}{\sqrt{CR}}\; x_n^\top \sum_r a_r\, u_r^\top = \frac{1}{\sqrt R} \sum_r s_{nr}\, u_r, \\
+# \sum_r e^{s_{nr}}\, u_r &= \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r + \dots
+# \end{aligned}$$
 #
 # For small affinities $\varepsilon s$ softmax attention as a whole is linear in them but for a constant, the mean $\bar u$:
 #
@@ -224,7 +226,7 @@ plt.show()
 # $$M = \frac{1}{\sqrt{CR}} \sum_r a_r\, u_r^\top = \frac{A^\top U}{\sqrt{CR}}, \qquad y_n = x_n + M^\top x_n .$$
 #
 # The library writes and reads in [`fast_weight`](../tinycea/ops/reference.py). [`assembly`](../tinycea/ops/reference.py) takes
-# either this order or the one of notebook 1, whichever has fewer multiply-adds. With only 3 tokens that is the other one.
+# either this order or the one of notebook 1, whichever has fewer multiply-adds. For 12 pairs and only 3 tokens that is the other.
 
 # %%
 assert close(M_r, M) and np.linalg.matrix_rank(M) <= R
@@ -425,8 +427,10 @@ assert close(signed(0 * X, A, U), 0) and close(softmax(0 * X, A, U), U[0].mean(0
 # Now the whole layer $\mathrm{CEA}(X)$, in which the probe of [notebook 2](02_hyper_adapter.ipynb) writes $A$ and $U$. With
 # $\sigma$ a shuffle of the tokens:
 #
-# $$A(\sigma X) = A(X), \quad U(\sigma X) = U(X), \quad \mathrm{CEA}(\sigma X) = \sigma\, \mathrm{CEA}(X), \qquad
-# \mathrm{CEA}(2X) = 2\, \mathrm{CEA}(X), \qquad \mathrm{CEA}(-X) \ne -\mathrm{CEA}(X) .$$
+# $$\begin{aligned}
+# A(\sigma X) &= A(X), & U(\sigma X) &= U(X), & \mathrm{CEA}(\sigma X) &= \sigma\, \mathrm{CEA}(X), \\
+# \mathrm{CEA}(2X) &= 2\, \mathrm{CEA}(X), & \mathrm{CEA}(-X) &\ne -\mathrm{CEA}(X) . &&
+# \end{aligned}$$
 #
 # - The probe sums over all tokens and does not see their order; neighbors exist only in the convolutions around the layer.
 # - The image's norm makes $A$ and $U$ blind to the scale of $X$, so the update is of degree one.
