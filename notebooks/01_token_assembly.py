@@ -250,7 +250,7 @@ try:
 except ImportError:
     interact = None
 if interact and "JPY_SESSION_NAME" in os.environ:           # set by Jupyter's server: somebody is looking
-    interact(look, kind=KINDS, rule=RULES, R=(1, 3))
+    interact(look, kind=list(KINDS), rule=list(RULES), R=(1, 3))
 else:
     look()
 
