@@ -1,20 +1,13 @@
 # %% [markdown]
 # # 3. Linear attention: the same layer, read as a memory that an image writes and its tokens read
 #
-# *Attention* lets a *query* look up a mix of *values*: each value comes with a *key*, and the more the query resembles a key, the
-# more of its value enters the mix. In Continuous Expert Assembly (CEA) the tokens are the queries, the rows $a_r$ of $A$ are the
-# keys and the rows $u_r$ of $U$ are the values, $R$ pairs in all. The claims:
+# **The question.** Continuous Expert Assembly (CEA) is attention without the softmax: what does that buy, and what does it cost?
+# **You need** notebooks 1 and 2, Taylor series, singular values. **Minutes:** 25. **The answer** begins with the first picture:
+# without a softmax, all that an image writes is *one matrix* $M = A^\top U / \sqrt{CR}$, and one can read in it.
 #
-# 1. Softmax attention is attention with the kernel $e^{\langle x, a\rangle/\sqrt C}$. Take $\phi$ = identity for its feature map
-#    and drop the normalizer: that is CEA.
-# 2. The pairs can be written into one matrix $M$, the *fast weight*, by $R$ outer products, and then be read by $N$ tokens.
-# 3. Of the two orders of the product, $M$ first needs fewer multiply-adds below $C = 2NR/(N+R)$ channels, about $2R$; measured
-#    times cross at about $3R$ for $R = 8$ and nearer $2R$ for $R = 32$.
-# 4. Without the softmax the update is linear and odd in the token, and a change of basis of its factors leaves it as it is; with
-#    it, none of this holds.
-# 5. What the missing normalizer costs is a bound on the size. The scales $1/\sqrt C$ and $1/\sqrt R$ answer for it on average.
-#
-# $A$ and $U$ are random here, or written by the layer itself in section 4; `close` means: equal up to rounding in float64.
+# A token is three keys (how much of each lamp) and a color. One unit of a lamp of color $t$ is the token of that key and that
+# color; $M$ has read the lamp if it takes this token's color away. So solve for the three colors that $M$ would take away
+# exactly. The same learned layer looks at two photographs under different lamps. `close` means: equal up to rounding in float64.
 
 # %%
 import os
@@ -26,48 +19,89 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"                    # one core for secti
 
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm.auto import tqdm
 
 from tinycea import ablations, cea
+from tinycea.lab import mechanism
 from tinycea.ops import reference as ops
+from tinycea.plots import show
+from tinycea.scenes import Scene, photographs, pyramid
 
+plt.rcParams["image.interpolation"] = "nearest"
 rng = np.random.default_rng(0)
 close = partial(np.allclose, rtol=1e-10, atol=1e-12)
+SIDE, task = 64, mechanism.TASKS["lamps"]
+
+
+def photograph(name, top, left, seed):
+    """Tokens (1,64,64,16), and the colors t (3,3) of the lamps, as in notebook 1."""
+    light = np.random.default_rng(seed)
+    J = pyramid(Scene(photographs("test")[name]), SIDE)[2].image[top:top + SIDE, left:left + SIDE]
+    J = 0.2 * (J - J.mean((0, 1))) / J.std()
+    a = mechanism.fields(1, SIDE, 3, light)
+    x = mechanism.tokens(task, J[None], a, light).astype(np.float64)
+    return x, np.linalg.lstsq(a.reshape(-1, 3), (mechanism.color(x) - J).reshape(-1, 3))[0]
+
+
+def seen(tokens):
+    return np.clip(mechanism.color(tokens).reshape(SIDE, SIDE, 3) + 0.5, 0, 1)
+
+
+def write(x, p, config):
+    """What a layer does: y, A, U and the matrix M of one photograph."""
+    y, cache = ablations.forward(x, p, config, ops)
+    A, U = (ablations.anatomy(cache)[factor][0] for factor in "AU")
+    return y, A, U, A.T @ U / np.sqrt(A.size)               # C R numbers in A
+
+
+learned = {name: np.array(value, np.float64) for name, value in mechanism.teach(task, mechanism.CEA, 1000).items()}
+cases = [photograph("chelsea", 4, 26, 337), photograph("astronaut", 0, 24, 180)]
+
+# %%
+figure, axes = plt.subplots(2, 4, figsize=(8, 4.4), width_ratios=(1, 1, 1, 0.7))
+for row, (x, t) in zip(axes, cases):
+    y, _, _, M = write(x, learned, mechanism.CEA)
+    L = mechanism.LIFT.astype(np.float64)                   # a unit of lamp t comes out as t (1 + L M_cc L^T) + M_kc L^T
+    read = -M[:3, 3:] @ L.T @ np.linalg.inv(np.eye(3) + L @ M[3:, 3:] @ L.T)
+    show(row[0], seen(x), "X")
+    show(row[1], M, "M: what goes in, to what comes out", cmap="PuOr", vmin=-0.3, vmax=0.3)
+    row[1].axhline(2.5, color="black", lw=0.8)
+    row[1].axvline(2.5, color="black", lw=0.8)
+    row[1].set(ylabel="color in | keys", xlabel="keys | color out")
+    show(row[2], seen(y), "Y = X + XM")
+    show(row[3], np.clip(0.5 + np.stack((read, t), 1), 0, 1), "read | true")
+    row[3].set(xlabel="one lamp per row")
+    assert np.corrcoef(read.ravel(), t.ravel())[0, 1] > 0.95 and close(y, x + x @ M)
+for axis in axes.flat:
+    axis.grid(False)
+figure.suptitle("One layer, two photographs, two matrices: M has read the colors of each one's lamps", fontsize=10)
+plt.show()
 
 # %% [markdown]
 # ## 1. From softmax attention to CEA
 #
-# **Softmax attention.** The output for a token is a mean of the values. The share of $u_r$ grows with the affinity $s_{nr}$ of
-# the token to the key (Vaswani et al. 2017, eq. 1). Tokens are normalized as in [notebook 1](01_token_assembly.ipynb):
+# *Attention* lets a *query* look up a mix of *values*: the more it resembles a value's *key*, the more of the value enters. Here
+# the tokens are the queries, the rows $a_r$ of $A$ the keys, the rows $u_r$ of $U$ the values. Softmax attention returns a
+# mean (Vaswani et al. 2017, eq. 1):
 #
-# $$y_n = \frac{\sum_r e^{s_{nr}}\, u_r}{\sum_r e^{s_{nr}}}, \qquad s_{nr} = \frac{\langle \hat x_n, a_r \rangle}{\sqrt C} .$$
-
-# %%
-N, C, R = 60, 4, 5
-Xhat, _ = ops.layernorm(rng.normal(size=(N, C)), np.ones(C), np.zeros(C))
-A, U = rng.normal(size=(2, R, C))
-
-attention = np.empty((N, C))
-for n in range(N):
-    e = [np.exp(sum(Xhat[n, c] * A[r, c] for c in range(C)) / np.sqrt(C)) for r in range(R)]
-    attention[n] = sum(e[r] * U[r] for r in range(R)) / sum(e)
-
-# %%
-S, _ = ops.affinity(Xhat, A)
-assert close(attention, ops.topk_softmax(S[None], R)[0][0] @ U)     # k = R: a softmax over all pairs
-
-# %% [markdown]
-# **A kernel.** The exponential only measures how similar a token and a key are. Put any function $\operatorname{sim}(x, a)$ in
-# its place. If it is a dot product of *features*, $\operatorname{sim}(x,a) = \langle \phi(x), \phi(a) \rangle$, the token can be
-# taken out of both sums, and what is left inside them does not depend on the token any more (Katharopoulos et al. 2020, eq. 4 and
-# 5):
+# $$y_n = \frac{\sum_r e^{s_{nr}}\, u_r}{\sum_r e^{s_{nr}}}, \qquad s_{nr} = \frac{\langle x_n, a_r \rangle}{\sqrt C} .$$
+#
+# The exponential only measures how similar a token and a key are. Put any function $\operatorname{sim}(x, a)$ in its place. If it
+# is a dot product of *features*, $\operatorname{sim}(x,a) = \langle \phi(x), \phi(a) \rangle$, the token can be taken out of both
+# sums, and what is left inside them does not depend on the token (Katharopoulos et al. 2020, eq. 4 and 5):
 #
 # $$y(x) = \frac{\sum_r \operatorname{sim}(x, a_r)\, u_r}{\sum_r \operatorname{sim}(x, a_r)}
 # = \frac{\phi(x)^\top \big( \sum_r \phi(a_r)\, u_r^\top \big)}{\phi(x)^\top \sum_r \phi(a_r)} .$$
 #
-# The matrix in the big brackets and the vector below it are made once, then read by all tokens: that is why this is called
-# *linear* attention. Its cost grows with the number of queries plus the number of keys, no longer with their product.
+# This is *linear attention*: the matrix in the big brackets and the vector below it are made once, then read by all tokens.
 
 # %%
+N, C, R = 60, 4, 5
+X = rng.normal(size=(N, C)) / 1.5
+A, U = rng.normal(size=(2, R, C))
+S, _ = ops.affinity(X, A)
+
+
 def kernel_attention(phi, X, A, U):
     matrix = sum(np.outer(key, u) for key, u in zip(phi(A), U))
     vector = phi(A).sum(0)
@@ -79,7 +113,8 @@ def pair_by_pair(sim, X, A, U):
     return similar @ U / similar.sum(1, keepdims=True)
 
 
-assert close(attention, pair_by_pair(lambda x, a: np.exp(x @ a / np.sqrt(C)), Xhat, A, U))
+attention = ops.topk_softmax(S[None], R)[0][0] @ U          # k = R: a softmax over all pairs
+assert close(attention, pair_by_pair(lambda x, a: np.exp(x @ a / np.sqrt(C)), X, A, U))
 
 # %% [markdown]
 # **Features of the exponential.** From $e^s = \sum_k s^k / k!$ and
@@ -101,9 +136,9 @@ def taylor(K, X):
 
 for K in range(6):
     assert taylor(K, A).shape == (R, sum(C**k for k in range(K + 1)))
-    assert close(taylor(K, Xhat) @ taylor(K, A).T, sum(S**k / factorial(k) for k in range(K + 1)))
-direct = pair_by_pair(lambda x, a: sum((x @ a / np.sqrt(C))**k / factorial(k) for k in range(5)), Xhat, A, U)
-assert close(kernel_attention(partial(taylor, 4), Xhat, A, U), direct)
+    assert close(taylor(K, X) @ taylor(K, A).T, sum(S**k / factorial(k) for k in range(K + 1)))
+direct = pair_by_pair(lambda x, a: sum((x @ a / np.sqrt(C))**k / factorial(k) for k in range(5)), X, A, U)
+assert close(kernel_attention(partial(taylor, 4), X, A, U), direct)
 
 # %% [markdown]
 # What was cut off the series is small as soon as $k!$ outgrows $|s|^k$:
@@ -123,74 +158,36 @@ orders = range(9)
 for shrink, marker in ((1, "o"), (2, "s"), (4, "D")):
     scores = S / shrink
     softmax = ops.topk_softmax(scores[None], R)[0][0] @ U
-    errors = [np.abs(kernel_attention(partial(taylor, K), Xhat, A / shrink, U) - softmax).max() for K in orders]
+    errors = [np.abs(kernel_attention(partial(taylor, K), X, A / shrink, U) - softmax).max() for K in orders]
     axes.semilogy(orders, errors, marker=marker, label=f"largest |s| = {np.abs(scores).max():.2f}")
     assert errors[8] < 0.02 * errors[2] and (shrink == 1 or errors[8] < 1e-4)
 axes.set(xlabel="order K of the feature map", ylabel="largest error of an output entry",
-         title=f"Taylor features turn linear attention into softmax attention (N = {N}, C = {C}, R = {R})")
+         title="Taylor features turn linear attention into softmax attention")
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# An odd order is a bad choice where affinities are large and negative: $1 + s$ is negative below $-1$, and the normalizer, a sum
-# of such terms, can come close to zero. An even order stays positive:
+# $C^K$ features are too many. So take the simplest, $\phi(x) = x$. The similarity is then the signed dot product; its sum over
+# $r$ may be zero or negative, so it is no use as a normalizer: leave it out, and put constant scales in its place. What remains
+# is the update of CEA, the first-order term of softmax attention's numerator:
 #
-# $$\sum_{k=0}^{K} \frac{s^k}{k!} > 0 \;\text{ for all } s \text{ if } K \text{ is even}, \qquad
-# 1 + s < 0 \;\text{ for } s < -1 .$$
-
-# %%
-line = np.linspace(-5, 5, 1001)
-for K in range(9):
-    series = sum(line**k / factorial(k) for k in range(K + 1))
-    assert (series > 0).all() == (K % 2 == 0)
-assert (S < -1).any()
-
-# %% [markdown]
-# **Cheaper features.** $C^K$ features are too many. Katharopoulos et al. take as many as there are channels, and only keep them
-# positive (eq. 7):
+# $$\begin{aligned}
+# \Delta x_n &= \frac{1}{\sqrt{CR}}\; x_n^\top \sum_r a_r\, u_r^\top = \frac{1}{\sqrt R} \sum_r s_{nr}\, u_r, \\
+# \sum_r e^{s_{nr}}\, u_r &= \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r + \dots
+# \end{aligned}$$
 #
-# $$\phi(x) = \operatorname{elu}(x) + 1 = \begin{cases} x + 1 & x > 0 \\ e^x & x \le 0 \end{cases} .$$
+# For small affinities $\varepsilon s$ softmax attention as a whole is linear in them but for a constant, the mean $\bar u$:
 #
-# It is another kernel, so another layer; it does not approximate the exponential.
-
-# %%
-def elu_plus_1(x):
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
-
-
-linear_attention = kernel_attention(elu_plus_1, Xhat, A, U)
-assert close(linear_attention, pair_by_pair(lambda x, a: elu_plus_1(x) @ elu_plus_1(a), Xhat, A, U))
-assert (elu_plus_1(Xhat) @ elu_plus_1(A).T > 0).all()
-assert np.abs(linear_attention - attention).max() > 0.1
-
-# %% [markdown]
-# **The identity, without a normalizer.** Now take $\phi(x) = x$. The similarity is the signed dot product. Its sum over $r$ may
-# be zero or negative, so it is no use as a normalizer: leave it out, and put constant scales in its place. What remains is the
-# update of CEA:
-#
-# $$\Delta x_n = \frac{1}{\sqrt{CR}}\; \hat x_n^\top \sum_r a_r\, u_r^\top = \frac{1}{\sqrt R} \sum_r s_{nr}\, u_r .$$
-
-# %%
-update = Xhat @ sum(np.outer(A[r], U[r]) for r in range(R)) / np.sqrt(C * R)
-assert close(update, S @ U / np.sqrt(R))
-
-# %%
-assert close(update, ops.combine(np.zeros((N, C)), S, U)[0])
-
-# %% [markdown]
-# It is the first-order term of softmax attention's numerator. For small affinities $\varepsilon s$ softmax attention as a whole
-# is linear in them but for a constant, the mean $\bar u$ of the values:
-#
-# $$\sum_r e^{s_{nr}}\, u_r = \sum_r u_r + \underbrace{\sum_r s_{nr}\, u_r}_{\text{CEA}} + \frac12 \sum_r s_{nr}^2\, u_r +
-# \dots, \qquad
-# \frac{\sum_r e^{\varepsilon s_{nr}}\, u_r}{\sum_r e^{\varepsilon s_{nr}}} = \bar u +
+# $$\frac{\sum_r e^{\varepsilon s_{nr}}\, u_r}{\sum_r e^{\varepsilon s_{nr}}} = \bar u +
 # \frac{\varepsilon}{R} \sum_r s_{nr} (u_r - \bar u) + O(\varepsilon^2) .$$
 #
 # So a softmax adds $\bar u$ to every token, whatever it is, and uses the values only as far as they differ from each other. CEA
 # adds no constant and takes the values as they are.
 
 # %%
-order = [taylor(K, Xhat) @ taylor(K, A).T @ U for K in (0, 1)]
+update = X @ sum(np.outer(A[r], U[r]) for r in range(R)) / np.sqrt(C * R)
+assert close(update, S @ U / np.sqrt(R)) and close(update, ops.combine(np.zeros((N, C)), S, U)[0])
+order = [taylor(K, X) @ taylor(K, A).T @ U for K in (0, 1)]
 assert close(order[0], U.sum(0)) and close(order[1] - order[0], np.sqrt(R) * update)
 assert close(np.exp(S) @ U, sum(S**k @ U / factorial(k) for k in range(30)))
 
@@ -208,44 +205,50 @@ assert 95 < ratio < 105
 #
 # The ordinary weights of a network change slowly, by training. $M$ is a weight matrix too, but one image writes it, and the next
 # image writes another: a *fast weight* (Schmidhuber 1992; Schlag et al. 2021). Each pair is one write, an outer product, and each
-# token is one read:
-#
-# $$M = \frac{1}{\sqrt{CR}} \sum_r a_r\, u_r^\top = \frac{A^\top U}{\sqrt{CR}}, \qquad y_n = x_n + M^\top \hat x_n .$$
+# token is one read. Write by write, the cat comes out of the lamps:
 
 # %%
-N, C, R = 100, 10, 6
-X = rng.normal(size=(N, C))
-Xhat, _ = ops.layernorm(X, np.ones(C), np.zeros(C))
-A, U = rng.normal(size=(2, R, C))
+x, t = cases[0]
+y, A, U, M = write(x, learned, mechanism.CEA)
+(R, C), N = A.shape, SIDE**2
+X, Y = x.reshape(N, C), y.reshape(N, C)
 
-M = np.zeros((C, C))
-for r in range(R):                                          # R writes
-    M += np.outer(A[r], U[r]) / np.sqrt(C * R)
-Y = np.array([X[n] + M.T @ Xhat[n] for n in range(N)])      # N reads
-assert close(M, A.T @ U / np.sqrt(C * R)) and np.linalg.matrix_rank(M) == R
+M_r = np.zeros((C, C))
+figure, axes = plt.subplots(1, R + 1, figsize=(9, 2.1))
+show(axes[0], seen(X), "no write")
+for r, axis in enumerate(axes[1:]):
+    M_r += np.outer(A[r], U[r]) / np.sqrt(C * R)            # a write
+    show(axis, seen(X + X @ M_r), f"{r + 1} written")       # N reads
+figure.suptitle("No component is a lamp: the four pairs clean the photograph only together", fontsize=10)
+plt.show()
 
 # %% [markdown]
+# $$M = \frac{1}{\sqrt{CR}} \sum_r a_r\, u_r^\top = \frac{A^\top U}{\sqrt{CR}}, \qquad y_n = x_n + M^\top x_n .$$
+#
 # The library writes and reads in [`fast_weight`](../tinycea/ops/reference.py). [`assembly`](../tinycea/ops/reference.py) takes
-# either this order or the one of notebook 1, and says which in its cache. In `ops/reference.py` that is whichever has fewer
-# multiply-adds; `ops/cpu.py` has another rule (section 3). Here the fast weight is cheaper; with only 6 tokens it is not.
+# either this order or the one of notebook 1, whichever has fewer multiply-adds. For 12 pairs and only 3 tokens that is the other.
 
 # %%
-Y_library, (*_, M_library) = ops.fast_weight(X, Xhat, A, U)
+assert close(M_r, M) and np.linalg.matrix_rank(M) <= R
+Y_library, (*_, M_library) = ops.fast_weight(X, X, A, U)
 assert close(Y, Y_library) and close(M, M_library)
-for tokens, order in ((N, "fast weight first"), (6, "tokens first")):
-    few = slice(tokens)
-    Y_library, cache = ops.assembly(X[few], Xhat[few], A, U)
-    assert cache[0] == order and close(Y[few], Y_library)
+A_wide, U_wide = np.vstack((A, A, A)), np.vstack((U, U, U))
+for tokens, order in ((N, "fast weight first"), (3, "tokens first")):
+    Y_library, cache = ops.assembly(X[:tokens], X[:tokens], A_wide, U_wide)
+    assert cache[0] == order and close(Y_library - X[:tokens], np.sqrt(3) * (Y - X)[:tokens])
 
 # %% [markdown]
-# ## 3. Two orders of one product
+# ## 3. What linear buys: the order of a product
 #
-# A product of an $(I,J)$ matrix with a $(J,K)$ matrix takes $IJK$ *multiply-adds* (one product, added to a sum). Matrix products
-# may be regrouped, but the two groupings do not cost the same:
+# "Linear" is often said to mean: linear in the number of tokens. That is no gain *here*: a softmax over $R$ fixed keys takes
+# $2NRC$ multiply-adds and $NR$ exponentials, linear in $N$ as well. (Quadratic is attention among the $N$ tokens themselves.)
+# What it buys: the pairs can be summed into $M$ *before* any token is seen. Then a read costs the same for any $R$; $M$ folds
+# into a linear map that follows, $Y W = X\, (I + M) W$; and one may choose the cheaper of two orders. A product of an $(I,J)$
+# matrix with a $(J,K)$ matrix takes $IJK$ *multiply-adds*, so
 #
 # $$\begin{aligned}
-# \text{tokens first:} \quad & (\hat X A^\top)\, U && NRC + NRC = 2NRC \text{ multiply-adds} \\
-# \text{fast weight first:} \quad & \hat X\, (A^\top U) && RC^2 + NC^2 \text{ multiply-adds} \\
+# \text{tokens first:} \quad & (X A^\top)\, U && NRC + NRC = 2NRC \text{ multiply-adds} \\
+# \text{fast weight first:} \quad & X\, (A^\top U) && RC^2 + NC^2 \text{ multiply-adds} \\
 # \text{equal at} \quad & C = C^* = \frac{2NR}{N+R} .
 # \end{aligned}$$
 #
@@ -271,6 +274,10 @@ def tokens_first(x, xhat, A, U):
     return ops.combine(x, ops.affinity(xhat, A)[0], U)[0]
 
 
+def softmaxed(x, xhat, A, U):
+    return ops.combine(x, ops.topk_softmax(ops.affinity(xhat, A)[0], A.shape[1])[0].view(Counted), U)[0]
+
+
 def fast_weight_first(x, xhat, A, U):
     return ops.fast_weight(x, xhat, A, U)[0]
 
@@ -285,10 +292,14 @@ for C in (8, 23, 24, 25, 64):
     assert madds == [2 * N * R * C, R * C**2 + N * C**2]
     assert np.sign(madds[0] - madds[1]) == np.sign(crossover - C)
     assert count(ops.assembly, x, xhat, A, U) == min(madds)
+    assert count(softmaxed, x[None], xhat[None], A[None], U[None]) == madds[0]             # a softmax: linear in N, no choice
+
+W = rng.normal(size=(16, 5))
+assert close(Y @ W, X @ ((np.eye(16) + M) @ W))             # the layer disappears in the next one
 
 # %% [markdown]
-# Multiply-adds are not time. So measure the bare products too: float32, one core, medians of 45 runs in which the two orders take
-# turns.
+# Multiply-adds are not time. So measure the bare products too: float32, one core, the fastest of 45 runs in which the two orders
+# take turns.
 
 # %%
 def measure(N, R, channels, runs=45):
@@ -303,7 +314,7 @@ def measure(N, R, channels, runs=45):
             second = xhat @ (A.T @ U)
             row[:, run] = between - start, perf_counter() - between
         assert np.allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
-    return np.median(seconds, 2).T
+    return seconds.min(2).T
 
 
 def crossing(channels, first, second):
@@ -323,7 +334,7 @@ assert np.array_equal((seconds[0] < seconds[1])[far], (madds[0] < madds[1])[far]
 counted = 2 * N * R / (N + R)
 measured = crossing(channels, *seconds)
 some = np.array([1, 1.5, 2, 2.5, 3, 3.5, 4, 6])
-others = {rank: crossing(rank * some, *measure(N, rank, (rank * some).astype(int))) for rank in (8, 32)}
+others = {rank: crossing(rank * some, *measure(N, rank, (rank * some).astype(int))) for rank in tqdm((8, 32))}
 for rank, C in sorted((others | {R: measured}).items()):
     print(f"R = {rank:2d}: counted crossover at C = {2 * N / (N + rank):.2f} R, measured at {C / rank:.1f} R")
 
@@ -336,7 +347,7 @@ for axis, values, unit in zip(axes, (madds / 1e6, 1000 * seconds), units):
     axis.axvline(counted, color="0.4", ls=":", label=f"counted: C = {counted:.0f}")
     axis.set(xlabel="channels C", ylabel=unit, xticks=[8, 16, 32, 64, 128], xticklabels=[8, 16, 32, 64, 128])
     axis.minorticks_off()
-axes[1].axvline(measured, color="0.4", ls="-", lw=1, label=f"measured: C = {measured:.0f}")
+axes[1].axvline(measured, color="0.4", ls=(0, (7, 3)), lw=1, label=f"measured: C = {measured:.0f}")
 axes[0].set_title("counted")
 axes[1].set_title("measured")
 for axis in axes:
@@ -345,118 +356,124 @@ figure.suptitle(f"Below about 2R channels the fast weight is the cheaper order (
 plt.show()
 
 # %% [markdown]
-# Left of the crossing the fast weight is the cheaper order, right of it the tokens come first. Where the measured curves cross
-# depends on $R$. On one core of an AMD EPYC with OpenBLAS, with nothing else running, it was at about $3R$ for $R = 8$, the
-# default rank of the library, at about $2.3R$ for $R = 16$ and near $2R$ for $R = 32$ (one run is printed above; a busy machine,
-# or another one, gives other numbers). At $C = 3R$ the fast weight takes 1.5 times as many multiply-adds in the same time:
-# products that are only 8 columns wide are slow for their size. So [`assembly`](../tinycea/ops/cpu.py) of `ops/cpu.py` does not
-# count: it takes the fast weight below $C = 3R$, as measured, if there are also more than $C$ tokens. That rule fits $R = 8$; at
-# $R = 32$ counting is closer.
+# Where the measured curves cross depends on $R$: on one core of an AMD EPYC with OpenBLAS, nothing else running, at about $3R$
+# for $R = 8$, the library's default, and near $2R$ for $R = 32$ (one run is printed above; a busy machine gives other numbers).
+# Products that are only 8 columns wide are slow for their size. So [`assembly`](../tinycea/ops/cpu.py) of `ops/cpu.py` does not
+# count: it takes the fast weight below $C = 3R$, if there are also more than $C$ tokens.
 #
 # ## 4. What the identity keeps and a softmax breaks
 #
-# Freeze $A$ and $U$ and call the update $f(\hat X; A, U)$. Let $\Pi$ be a permutation matrix of the pairs, $G$ any invertible
-# matrix of $R \times R$ numbers. Then
+# Freeze $A$ and $U$ as the cat wrote them, and show the layer the negative, $-X$: keys and colors change sign.
+
+# %%
+x = cases[0][0]
+_, A, U, M = write(x, learned, mechanism.CEA)
+(R, C), N, A, U = A.shape, SIDE**2, A[None], U[None]
+
+
+def signed(X, A, U):
+    return ops.combine(0 * X, ops.affinity(X, A)[0], U)[0]
+
+
+def softmax(X, A, U):
+    return ops.combine(0 * X, ops.topk_softmax(ops.affinity(X, A)[0], A.shape[1])[0], U)[0]
+
+
+X = x.reshape(1, N, C)
+figure, axes = plt.subplots(1, 4, figsize=(8, 2.4))
+for pair, f in zip((axes[:2], axes[2:]), (signed, softmax)):
+    for axis, sign, name in zip(pair, (1, -1), ("X", "-X")):
+        show(axis, seen(f(sign * X, A, U)), f"{f.__name__}: f({name})")
+figure.suptitle("The signed update of the negative is the negative update; a softmax's is not", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# Call the update $f(X; A, U)$. Let $\Pi$ be a permutation matrix of the pairs, $G$ any invertible matrix of $R \times R$ numbers.
 #
 # $$\begin{aligned}
-# \text{permutation:} \quad & f(\hat X;\, \Pi A,\, \Pi U) = f(\hat X;\, A,\, U) \\
-# \text{gauge freedom:} \quad & f(\hat X;\, G A,\, G^{-\top} U) = f(\hat X;\, A,\, U) \\
-# \text{oddness:} \quad & f(-\hat X;\, A,\, U) = -f(\hat X;\, A,\, U) \\
-# \text{linearity:} \quad & f(2 \hat X + \hat X';\, A,\, U) = 2 f(\hat X;\, A,\, U) + f(\hat X';\, A,\, U) \\
-# \text{rank:} \quad & \operatorname{rank} f(\hat X;\, A,\, U) \le R .
+# \text{permutation:} \quad & f(X;\, \Pi A,\, \Pi U) = f(X;\, A,\, U) \\
+# \text{gauge freedom:} \quad & f(X;\, G A,\, G^{-\top} U) = f(X;\, A,\, U) \\
+# \text{oddness:} \quad & f(-X;\, A,\, U) = -f(X;\, A,\, U) \\
+# \text{linearity:} \quad & f(2 X + X';\, A,\, U) = 2 f(X;\, A,\, U) + f(X';\, A,\, U) \\
+# \text{rank:} \quad & \operatorname{rank} f(X;\, A,\, U) \le R .
 # \end{aligned}$$
 #
 # *Gauge freedom* is the physicists' name for a change of description that changes nothing observable:
-# $(\hat X A^\top G^\top)(G^{-\top} U) = \hat X A^\top U$. Only the product $A^\top U$ matters, not the single pairs. A
-# permutation is such a change, with $G = \Pi = \Pi^{-\top}$, and the softmax over $r$ respects it too; but since it compares
-# single pairs, not any other $G$ in general.
+# $(X A^\top G^\top)(G^{-\top} U) = X A^\top U$. Only the product $A^\top U$ matters, so one must not read much into a single map
+# $s_{nr}$. A permutation is such a change, and the softmax respects it too; but since it compares single pairs, no other $G$ in
+# general. Nor does it vanish at zero: a token without any affinity gets the mean direction.
 
 # %%
-N, C, R = 35, 12, 4
-
-
-def signed(Xhat, A, U):
-    return ops.combine(0 * Xhat, ops.affinity(Xhat, A)[0], U)[0]
-
-
-def softmax(Xhat, A, U):
-    return ops.combine(0 * Xhat, ops.topk_softmax(ops.affinity(Xhat, A)[0], R)[0], U)[0]
-
-
 def relative(left, right):
     return np.abs(left - right).max() / np.abs(right).max()
 
 
-Xhat, other = ops.layernorm(rng.normal(size=(2, 1, N, C)), np.ones(C), np.zeros(C))[0]
-A, U = rng.normal(size=(2, 1, R, C))
+other = cases[1][0].reshape(1, N, C)
 PI = np.eye(R)[[2, 0, 3, 1]]
 G = np.eye(R) + 0.5 * rng.normal(size=(R, R))
-
 table = {}
 for f in (signed, softmax):
-    y = f(Xhat, A, U)
+    y = f(X, A, U)
     singular = np.linalg.svd(y[0], compute_uv=False)
-    for name, error in (("permutation", relative(f(Xhat, PI @ A, PI @ U), y)),
-                        ("gauge freedom", relative(f(Xhat, G @ A, np.linalg.inv(G).T @ U), y)),
-                        ("oddness", relative(f(-Xhat, A, U), -y)),
-                        ("linearity", relative(f(2 * Xhat + other, A, U), 2 * y + f(other, A, U))),
+    for name, error in (("permutation", relative(f(X, PI @ A, PI @ U), y)),
+                        ("gauge freedom", relative(f(X, G @ A, np.linalg.inv(G).T @ U), y)),
+                        ("oddness", relative(f(-X, A, U), -y)),
+                        ("linearity", relative(f(2 * X + other, A, U), 2 * y + f(other, A, U))),
                         ("rank", singular[R] / singular[0])):
         table.setdefault(name, []).append(error)
+assert close(signed(0 * X, A, U), 0) and close(softmax(0 * X, A, U), U[0].mean(0) / np.sqrt(R))
 
 # %% [markdown]
-# The softmax can be neither odd nor linear, since it does not vanish at zero (unless the values cancel). A token without any
-# affinity gets nothing from CEA, and the mean direction from a softmax:
+# Now the whole layer $\mathrm{CEA}(X)$, in which the probe of [notebook 2](02_hyper_adapter.ipynb) writes $A$ and $U$. With
+# $\sigma$ a shuffle of the tokens:
 #
-# $$f_{\text{signed}}(0) = 0, \qquad f_{\text{softmax}}(0) = \frac{1}{\sqrt R}\, \frac1R \sum_r u_r .$$
+# $$\begin{aligned}
+# A(\sigma X) &= A(X), & U(\sigma X) &= U(X), & \mathrm{CEA}(\sigma X) &= \sigma\, \mathrm{CEA}(X), \\
+# \mathrm{CEA}(2X) &= 2\, \mathrm{CEA}(X), & \mathrm{CEA}(-X) &\ne -\mathrm{CEA}(X) . &&
+# \end{aligned}$$
+#
+# - The probe sums over all tokens and does not see their order; neighbors exist only in the convolutions around the layer.
+# - The image's norm makes $A$ and $U$ blind to the scale of $X$, so the update is of degree one.
+# - Oddness would need $A$ and $U$ of $-X$ to be $-A$ and $-U$. The probe's softmax breaks that. With $Q = 0$, where it takes
+#   plain means, the layer *is* odd, though $A$ and $U$ depend on $X$; as long as the norm's bias is zero, as at the start.
+# - $M = W_A^\top W_V^\top (\hat X^\top P^\top P \hat X) W_V W_U / \sqrt{CR}$ holds $W_V$ twice and, besides $P$, $\hat X$ twice.
+#   Affinities of $\hat X$, as in the layer's first form, would bring in a third: doubling $\hat X$ then makes eight times the
+#   update where $Q = 0$, not four.
 
 # %%
-assert close(signed(0 * Xhat, A, U), 0)
-assert close(softmax(0 * Xhat, A, U), U[0].mean(0) / np.sqrt(R))
-
-# %% [markdown]
-# Now the whole layer $Y = \mathrm{CEA}(X)$ of [`cea.py`](../tinycea/cea.py), in which the probe of
-# [notebook 2](02_hyper_adapter.ipynb) writes $A$ and $U$. The probe sums over all tokens, so it does not see their order. Let
-# $\sigma$ be a shuffle of the tokens:
-#
-# $$A(\sigma X) = A(X), \quad U(\sigma X) = U(X), \qquad \mathrm{CEA}(\sigma X) = \sigma\, \mathrm{CEA}(X) .$$
-#
-# The first two say that the factors are *invariant*, the last that the layer is *equivariant*: its output is shuffled in the same
-# way. Pixels have neighbors only in the convolutions around it. But the layer is neither odd nor linear in $X$, since the image
-# writes $A$ and $U$ as well:
-#
-# $$\mathrm{CEA}(-X) \ne -\mathrm{CEA}(X) .$$
-#
-# Only the probe's softmax is to blame for the first: with $Q = 0$, where it takes plain means, $A$ and $U$ of $-X$ are $-A$ and
-# $-U$, and the layer is odd. And through the image's norm the update is of degree one, $\mathrm{CEA}(2X) = 2\,\mathrm{CEA}(X)$:
-# $X$ times a map $M$ that depends on the tokens' directions and relative lengths alone.
-
-# %%
-H, W = 5, 7
-x = rng.normal(size=(1, H, W, C))
-sigma = rng.permutation(H * W)
+sigma = rng.permutation(N)
+big = 1e4 * x                                               # the norm's 1e-6 under the root does not count
 
 
 def shuffled(x):
-    return x.reshape(1, H * W, C)[:, sigma].reshape(x.shape)
+    return x.reshape(1, N, C)[:, sigma].reshape(x.shape)
 
 
-p = {name: rng.normal(size=shape) / 2 for name, shape in cea.shapes(C, rank=R).items()}
-p["norm.weight"], p["norm.bias"] = np.ones(C), np.zeros(C)  # with these, the norm is odd; the probe is not
 for affinity in ("signed", "softmax"):
     config = ablations.CEAConfig(rank=R, affinity=affinity)
-    y, cache = ablations.forward(x, p, config, ops)
-    y_shuffled, cache_shuffled = ablations.forward(shuffled(x), p, config, ops)
-    y_minus, _ = ablations.forward(-x, p, config, ops)
-    before, after = ablations.anatomy(cache), ablations.anatomy(cache_shuffled)
-    for name, error in (("layer: A, U under a shuffle", max(relative(after[k], before[k]) for k in "AU")),
-                        ("layer: Y under a shuffle", relative(y_shuffled - shuffled(x), shuffled(y - x))),
-                        ("layer: oddness", relative(y_minus + x, x - y))):
+
+    def delta(x, **changed):
+        return ablations.forward(x, learned | {"norm.bias": np.zeros(C)} | changed, config, ops)[0] - x
+
+    before, after = (write(z, learned, config) for z in (x, shuffled(x)))
+    mean = {"Q": np.zeros_like(learned["Q"])}
+    for name, error in (("layer: A, U under a shuffle", max(relative(after[i], before[i]) for i in (1, 2))),
+                        ("layer: Y under a shuffle", relative(delta(shuffled(x)), shuffled(delta(x)))),
+                        ("layer: degree one", relative(delta(2 * big), 2 * delta(big))),
+                        ("layer: oddness", relative(delta(-x), -delta(x))),
+                        ("layer, Q = 0: oddness", relative(delta(-x, **mean), -delta(x, **mean))),
+                        ("the same, with a bias", relative(delta(-x, **mean, **{"norm.bias": np.ones(C)}),
+                                                           -delta(x, **mean, **{"norm.bias": np.ones(C)})))):
         table.setdefault(name, []).append(error)
 
-signed_layer = partial(ablations.forward, config=ablations.CEAConfig(rank=R), ops=ops)
-uniform = p | {"Q": np.zeros_like(p["Q"])}
-assert close(signed_layer(-x, uniform)[0], -signed_layer(x, uniform)[0])
-assert relative(signed_layer(2 * x, p)[0], 2 * signed_layer(x, p)[0]) < 1e-5             # but for the 1e-6 under the norm's root
+wide = {name: 2 * learned[name] for name in ("norm.weight", "norm.bias")}               # doubles X̂
+M_of = {name: write(x, learned | changed, mechanism.CEA)[3] for name, changed in
+        (("", {}), ("W_V", {"W_V": 2 * learned["W_V"]}), ("Q = 0", mean), ("Q = 0, X̂", mean | wide), ("X̂", wide))}
+assert close(M_of["W_V"], 4 * M_of[""]) and close(M_of["Q = 0, X̂"], 4 * M_of["Q = 0"])
+assert relative(M_of["X̂"], 4 * M_of[""]) > 0.01            # with a softmax in the probe there is no degree in X̂
+first_form = ablations.CEAConfig(rank=R, norm="token", tokens="Xhat")
+once, twice = (ablations.forward(x, learned | mean | changed, first_form, ops)[0] - x for changed in ({}, wide))
+assert close(twice, 8 * once)
 
 # %% [markdown]
 # All of it in one table: the relative error of each equation, which is rounding where it holds. For the rank it is the singular
@@ -467,33 +484,26 @@ print(f"{'':28s}{'signed':>8s}{'softmax':>10s}")
 for name, errors in table.items():
     print(f"{name:28s}{errors[0]:8.0e}{errors[1]:10.0e}")
 
-holds = {name: [error < 1e-10 for error in errors] for name, errors in table.items()}
-breaks = {name: [error > 1e-2 for error in errors] for name, errors in table.items()}
-for name in table:
-    signed_keeps = name != "layer: oddness"
-    softmax_keeps = signed_keeps and name not in ("gauge freedom", "oddness", "linearity")
-    assert holds[name] == [signed_keeps, softmax_keeps]
-    assert breaks[name] == [not signed_keeps, not softmax_keeps]
+never = "layer: oddness", "the same, with a bias"
+only_signed = "gauge freedom", "oddness", "linearity", "layer: degree one"
+for name, errors in table.items():
+    for error, keeps in zip(errors, (name not in never, name not in never + only_signed)):
+        assert error < 1e-9 if keeps else error > 1e-3, (name, error)
 
 # %% [markdown]
 # ## 5. What the missing normalizer costs
 #
 # A softmax divides by what it summed up, so its output is a mean of the values, as large as one of them at most. A plain sum
-# grows with the number of its terms. For tokens with entries of variance 1 and independent $a_{rc}$, $u_{rc}$ of variance 1, an
-# entry of the update without scales has variance $C$ from the dot product, times $R$ from the sum over the pairs; constants can
-# take the place of the normalizer:
-#
-# $$\operatorname{std}\Big( \sum_r \langle \hat x, a_r \rangle\, u_{rc} \Big) = \sqrt{CR}, \qquad
-# \operatorname{std}\Big( \frac{1}{\sqrt{CR}} \sum_r \langle \hat x, a_r \rangle\, u_{rc} \Big) = 1 .$$
+# grows with the number of its terms. Constant scales answer for that on average:
 
 # %%
 def spreads(C, R, images=64, tokens=100):
     """Standard deviation of the update: without scales, with both, and of a softmax over r."""
-    Xhat, _ = ops.layernorm(rng.normal(size=(images, tokens, C)), np.ones(C), np.zeros(C))
+    X = rng.normal(size=(images, tokens, C))
     A, U = rng.normal(size=(2, images, R, C))
-    S, _ = ops.affinity(Xhat, A)
-    plain, soft = Xhat @ A.swapaxes(1, 2) @ U, ops.topk_softmax(S, R)[0] @ U
-    return plain.std(), ops.combine(0 * Xhat, S, U)[0].std(), soft.std()
+    S, _ = ops.affinity(X, A)
+    plain, soft = X @ A.swapaxes(1, 2) @ U, ops.topk_softmax(S, R)[0] @ U
+    return plain.std(), ops.combine(0 * X, S, U)[0].std(), soft.std()
 
 
 sizes = 2 ** np.arange(3, 9)
@@ -520,66 +530,56 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# The softmax *shrinks* with $R$, since a mean of many independent values is small; CEA's scale does not.
+# For independent $x_{nc}$, $a_{rc}$, $u_{rc}$ of variance 1 an entry of the update without scales has variance $C$ from the dot
+# product, times $R$ from the sum over the pairs:
 #
-# **What the scales do not give is a bound.** They hold for random pairs, on average. The most that is sure follows from the
-# Cauchy-Schwarz inequality $|\langle x, a\rangle| \le |x|\,|a|$: a LayerNorm with weight 1 and bias 0 gives a token the length
-# $\sqrt C$ (the small constant under its root makes it a little less), and so
+# $$\operatorname{std}\Big( \sum_r \langle x, a_r \rangle\, u_{rc} \Big) = \sqrt{CR}, \qquad
+# \operatorname{std}\Big( \frac{1}{\sqrt{CR}} \sum_r \langle x, a_r \rangle\, u_{rc} \Big) = 1 .$$
 #
-# $$|\hat x_n| \le \sqrt C \quad\Longrightarrow\quad |s_{nr}| \le |a_r| \quad\Longrightarrow\quad
-# |\Delta x_n| \le \frac{1}{\sqrt R} \sum_r |a_r|\,|u_r| .$$
+# The softmax *shrinks* with $R$, since a mean of many independent values is small. (A layer's own factors are not independent of
+# variance 1, see notebook 1; $W_U = 0$ starts it from no update at all.)
+#
+# **What the scales do not give is a bound.** The most that is sure follows from the Cauchy-Schwarz inequality; $\|M\|$ is the
+# largest factor by which $M$ stretches a vector (its first singular value):
+#
+# $$|\Delta x_n| = |M^\top x_n| \le \|M\|\, |x_n| \le \frac{|x_n|}{\sqrt{CR}} \sum_r |a_r|\,|u_r| .$$
+#
+# Whoever writes larger keys gets a larger update, without limit. A softmax *saturates*: with larger keys it only chooses more
+# sharply, and what it returns is never longer than the longest value. With a factor $\tau$ on all keys,
+#
+# $$f_{\text{signed}}(X;\, \tau A,\, U) = \tau\, f_{\text{signed}}(X;\, A,\, U), \qquad
+# \sqrt R\; \big| f_{\text{softmax}}(x_n;\, \tau A,\, U) \big| \le \max_r |u_r| .$$
 
 # %%
-Xhat, _ = ops.layernorm(rng.normal(size=(1, 5000, C)), np.ones(C), np.zeros(C))
-S, _ = ops.affinity(Xhat, A)
+lengths, length_x = (np.linalg.norm(rows[0], axis=1) for rows in (signed(X, A, U), X))
 length_a, length_u = np.linalg.norm(A[0], axis=1), np.linalg.norm(U[0], axis=1)
-lengths = np.linalg.norm(signed(Xhat, A, U)[0], axis=1)
-bound = length_a @ length_u / np.sqrt(R)
-print(f"longest update of 5000 tokens: {lengths.max():.2f}, its bound: {bound:.2f}")
-assert (np.linalg.norm(Xhat[0], axis=1) <= np.sqrt(C)).all()
-assert (np.abs(S[0]) <= length_a).all() and (lengths <= bound).all()
+stretch = np.linalg.norm(M, 2)
+print(f"longest update, relative to its token: {(lengths / length_x).max():.2f}; |M| = {stretch:.2f}; "
+      f"sum of |a||u| / sqrt(CR) = {length_a @ length_u / np.sqrt(C * R):.2f}")
+assert (lengths <= stretch * length_x * (1 + 1e-12)).all() and stretch <= length_a @ length_u / np.sqrt(C * R)
 
-along = Xhat[0, 0] * 3                                      # a key along the token reaches the bound on s
-assert np.isclose(ops.affinity(Xhat[0, :1], along[None])[0][0, 0], np.linalg.norm(along), rtol=1e-5)
-
-# %% [markdown]
-# The bound contains the $a_r$: whoever writes larger keys gets a larger update, without limit. A softmax *saturates*: with larger
-# keys it only chooses more sharply, and what it returns is never longer than the longest value. With a factor $t$ on all keys,
-#
-# $$f_{\text{signed}}(\hat X;\, tA,\, U) = t\, f_{\text{signed}}(\hat X;\, A,\, U), \qquad
-# \sqrt R\; \big| f_{\text{softmax}}(\hat x_n;\, tA,\, U) \big| \le \max_r |u_r| .$$
-
-# %%
 print(f"longest |u_r| = {length_u.max():.2f}; mean length of the output, times the square root of R:")
-for t in (1, 2, 4, 8, 16, 32, 64):
-    once, sharp = (np.sqrt(R) * np.linalg.norm(f(Xhat, t * A, U)[0], axis=1) for f in (signed, softmax))
-    print(f"t = {t:2d}   signed {once.mean():7.2f}   softmax {sharp.mean():5.2f}")
-    assert close(signed(Xhat, t * A, U), t * signed(Xhat, A, U))
-    assert (sharp <= length_u.max() * (1 + 1e-12)).all()
-assert sharp.mean() < 3 * np.linalg.norm(np.sqrt(R) * softmax(Xhat, A, U)[0], axis=1).mean()
+for tau in 2**np.arange(0, 9, 2):
+    once, sharp = (np.sqrt(R) * np.linalg.norm(f(X, tau * A, U)[0], axis=1) for f in (signed, softmax))
+    print(f"tau = {tau:3d}   signed {once.mean():7.2f}   softmax {sharp.mean():5.2f}")
+    assert close(signed(X, tau * A, U), tau * signed(X, A, U)) and (sharp <= length_u.max() * (1 + 1e-12)).all()
 
 # %% [markdown]
-# In the whole layer, no image can write arbitrarily large keys: a summary $z_r$ is a mean of values $v_n = W_V^\top \hat x_n$ and
-# so no longer than the longest of them; and after the image's norm no token is longer than the whole image, $\sqrt{NC}$. With one
-# head, and with $\|W\|$ for the largest factor by which $W$ stretches a vector
-# (its first singular value), the weights alone bound the factors, for every image:
+# No image can write arbitrarily large keys: a summary $z_r$ is a mean of values $v_n = W_V^\top \hat x_n$, so no longer than the
+# longest of them; and after the image's norm (weight 1, bias 0) no token is longer than the whole image, $\sqrt{NC}$. With one
+# head the weights alone bound the factors, for every image; but nothing except training keeps the weights small:
 #
 # $$|a_r| \le \sqrt{NC}\, \|W_V\|\, \|W_A\|, \qquad |u_r| \le \sqrt{NC}\, \|W_V\|\, \|W_U\| .$$
-#
-# But nothing except training keeps the weights small. With $W_U = 0$ ([notebook 2](02_hyper_adapter.ipynb), section 6) the layer
-# starts from no update at all.
 
 # %%
-stretch = {name: np.linalg.norm(p[name], 2) for name in ("W_V", "W_A", "W_U")}
+plain = learned | {"norm.weight": np.ones(C), "norm.bias": np.zeros(C)}
 for size in (1, 1e6):                                       # the norm forgets how large the features are
-    _, cache = ablations.forward(size * x, p, ablations.CEAConfig(rank=R, heads=1), ops)
-    for name, factor in ablations.anatomy(cache).items():
-        if name in "AU":
-            longest = np.linalg.norm(factor[0], axis=1).max()
-            assert longest <= np.sqrt(H * W * C) * stretch["W_V"] * stretch[f"W_{name}"]
+    _, A_size, U_size, _ = write(size * x, plain, ablations.CEAConfig(rank=R, heads=1))
+    for factor, name in ((A_size, "W_A"), (U_size, "W_U")):
+        longest = np.linalg.norm(factor, axis=1).max()
+        assert longest <= np.sqrt(N * C) * np.linalg.norm(plain["W_V"], 2) * np.linalg.norm(plain[name], 2)
 
 # %% [markdown]
-#
 # ## Exercises
 #
 # **1.** Keys interfere: reading the sum of outer products $M = \sum_r a_r u_r^\top$ with a key gives a mix of all values,
@@ -613,7 +613,7 @@ for a_r, is_orthogonal in ((keys, False), (orthogonal, True)):
 left, sigma_r, right = np.linalg.svd(A[0].T @ U[0])
 A_new, U_new = np.sqrt(sigma_r[:R, None]) * left.T[:R], np.sqrt(sigma_r[:R, None]) * right[:R]
 assert close(A_new @ A_new.T, np.diag(sigma_r[:R])) and close(U_new @ U_new.T, np.diag(sigma_r[:R]))
-assert close(signed(Xhat, A_new[None], U_new[None]), signed(Xhat, A, U))
+assert close(signed(X, A_new[None], U_new[None]), signed(X, A, U))
 G = A_new @ np.linalg.pinv(A[0])
 assert close(G @ A[0], A_new) and close(np.linalg.inv(G).T @ U[0], U_new)
 
@@ -639,3 +639,7 @@ for C in (8, 23, 24, 25, 64):
         madds.append(Counted.madds)
     assert madds == [4 * N * R * C, 2 * N * C**2 + 2 * R * C**2]
     assert np.sign(madds[0] - madds[1]) == np.sign(24 - C)
+
+# %% [markdown]
+# **Next:** [notebook 4](04_gradient_checking.ipynb) checks derivatives that were made by hand. Linear attention:
+# [arXiv 2006.16236](https://arxiv.org/abs/2006.16236); fast weights: [arXiv 2102.11174](https://arxiv.org/abs/2102.11174).
