@@ -4,54 +4,38 @@
 # **The question.** Three colored lamps hang over a photograph. Nobody knows their colors. A layer of 1,120 numbers can take them
 # off, once it is taught; to teach it takes its derivative. Can you write that, without a framework?
 #
-# **You need** the chain rule, products of matrices, what a softmax is, and some NumPy. **Minutes:** 20 to 40; steps 1 to 3 take ten.
+# **You need** the chain rule, products of matrices, what a softmax is, and some NumPy. **Minutes:** 20 to 40; steps 1 to 3 take
+# ten.
 #
-# **How it goes.** Eight steps. Each has a picture, an equation and a function with blanks: replace every `...`. The cell below it
-# holds your gradient against finite differences and says what is missing. Stuck? [`solutions.py`](solutions.py) has every line. In the end your derivative teaches the layer: a
-# photograph comes out clean, and beside it the one of a rival with twice the numbers stays gray. It is fine to run everything
-# first: with blanks no cell fails.
+# **How it goes.** Eight steps. Each has a picture, an equation and a function with blanks: replace every `...`. The cell below
+# it holds your gradient against finite differences and says what is missing or wrong. In the end your derivative teaches the
+# layer: a photograph comes out clean, and beside it the one of a rival with twice the numbers stays gray. It is fine to run
+# everything first: with blanks no cell fails. Stuck? [`solutions.py`](solutions.py) has every line,
+# [`workbench.py`](workbench.py) what checks and draws.
 #
-# **The picture of the answer**, by the library's own derivative (ten seconds):
+# **The picture of the answer**, by the library's own derivative, in ten seconds:
 
 # %%
 from math import sqrt
+from unittest.mock import patch
 
 import numpy as np
+import solutions
+import workbench
 from tqdm.auto import tqdm
-from workbench import C, N, R, along, check, d, h, image, merge, passed, projected, row, shapes, shares, split
+from workbench import C, N, R, check, compare, d, h, merge, passed, split
 
 from tinycea import cea, optim
-from tinycea.adapters import family
 from tinycea.lab import mechanism
 from tinycea.ops import cpu
 from tinycea.params import Params
 
-lamps, rival = mechanism.TASKS["lamps"], mechanism.MODELS["token MLP"]
-x, J, _ = mechanism.pictures(lamps)                         # 12 pictures of photographs that no training sees
-large, clean, _ = (part[3] for part in mechanism.pictures(lamps, side=128, draws=2))
-taught = {config: mechanism.teach(lamps, config, steps=2000) for config in (rival, mechanism.CEA)}
-
-
-def answer(config, x, p):
-    return family(config).forward(x, p, config)[0]
-
-
-def decibels(y, J):
-    return f"{mechanism.psnr(y, J).mean():.2f} dB"
-
-
-def compare(name, mine, mine_12):
-    """The photograph under the lamps, what both layers make of it, and the truth; below, the mean PSNR of the 12 pictures."""
-    gray = answer(rival, large[None], taught[rival])[0]
-    row(f"The token MLP gives gray, {name} gives the photograph", [image(large), image(gray), image(mine), np.clip(clean + 0.5, 0, 1)],
-        ["under the lamps", "token MLP", name, "true"],
-        [decibels(x, J), decibels(answer(rival, x, taught[rival]), J), decibels(mine_12, J), "PSNR, mean of 12 pictures"])
-
-
-compare("the layer", answer(mechanism.CEA, large[None], taught[mechanism.CEA])[0], answer(mechanism.CEA, x, taught[mechanism.CEA]))
+p = workbench.taught()                                    # teaches the layer, and its rival
+compare("the layer", p)
 
 # %% [markdown]
-# A token (a pixel) holds 16 numbers: how much light of each lamp it gets, with noise, and its color, spread over 13. The rival sees
+# This photograph comes out best of six; the mean is over twelve smaller ones, none of them seen in training. A token (a pixel)
+# holds 16 numbers: how much light of each lamp it gets, with noise, and its color, spread over 13. The rival, a *token MLP*, sees
 # one token at a time. It cannot know the lamps' colors, and answers with the mean of what may be. The layer looks at all tokens
 # first.
 #
@@ -66,16 +50,16 @@ compare("the layer", answer(mechanism.CEA, large[None], taught[mechanism.CEA])[0
 # S &= X A^\top / \sqrt C, \qquad Y = X + S\, U / \sqrt R
 # \end{aligned}$$
 #
-# One image has $N$ tokens of $C$ channels. $R$ learned queries $Q$ average the tokens into $R$ summaries $Z$, and these write, for
-# this one image, $R$ routing bases $A$ and $R$ residual directions $U$. $Q$, $K$ and $V$ are split into $h$ heads of $d$ columns
-# each: `split` makes $(N, hd)$ into $(h, N, d)$, `merge` puts it back. `T.mT` transposes the last two axes, for $h$ matrices at
-# once.
+# One image has $N$ tokens of $C$ channels. $R$ learned queries $Q$ average the tokens into $R$ summaries $Z$, and these write,
+# for this one image, $R$ routing bases $A$ and $R$ residual directions $U$. $Q$, $K$ and $V$ are split into $h$ heads of $d$
+# columns each: `split` makes $(N, hd)$ into $(h, N, d)$, `merge` puts it back. `T.mT` transposes the last two axes, for $h$
+# matrices at once.
 #
 # Every piece returns its result and a *cache*: what its backward will need.
 
 # %%
 def normalize(X, w, b):
-    std = sqrt(X.var() + 1e-6)                           # one mean and one standard deviation for the image
+    std = sqrt(X.var() + 1e-6)                  # one mean, one std for the image
     Xbar = (X - X.mean()) / std
     return w * Xbar + b, (Xbar, std, w)
 
@@ -120,10 +104,9 @@ def layer(X, w, b, W_K, W_V, Q, W_A, W_U):
     return Y, (c_norm, c_K, c_V, c_L, c_P, c_Z, c_A, c_U, c_S, c_Y)
 
 
-p = taught[mechanism.CEA]
-X = large.reshape(-1, 16)
-Y, cache = layer(X, *p.values())
-assert np.allclose(Y.reshape(large.shape), answer(mechanism.CEA, large[None], p)[0], atol=1e-4)     # it is the library's layer
+photo, restored = workbench.test(p)                       # the photograph's tokens (128,128,16), before and after the library's layer
+Y, cache = layer(photo.reshape(-1, 16), *p.values())
+assert np.allclose(Y.reshape(photo.shape), restored, atol=1e-4)
 
 # %% [markdown]
 # Backward reads this list from the bottom up. Always: `dY` is $\partial L / \partial Y$, how the loss changes with each entry of
@@ -131,15 +114,15 @@ assert np.allclose(Y.reshape(large.shape), answer(mechanism.CEA, large[None], p)
 #
 # ## 1. The residual
 #
-# $S$ holds $R = 4$ maps. Where map $r$ is red the token adds direction $u_r$, where it is blue it subtracts it.
+# $S$ holds $R = 4$ maps. Where map $r$ is red the token adds direction $u_r$, where it is blue it subtracts it. The
+# color of $u_r$, as red, green and blue, is below.
 
 # %%
-*_, (_, A), (_, S, U) = cache
-u = mechanism.color(U)                                      # the color of each residual direction
-maps = S.T.reshape(4, 128, 128)
-row("Four maps say how much of its color each token adds or subtracts", [*maps, image(Y.reshape(large.shape))],
-    [f"r = {r + 1}, color ({', '.join(f'{c:+.1f}' for c in u[r])})" for r in range(4)] + ["their sum, added"],
-    width=10, cmap="RdBu_r", vmin=-abs(S).max(), vmax=abs(S).max())
+*_, (_, S, U) = cache
+colors = mechanism.color(U)                     # of each direction, as (red, green, blue)
+workbench.row("Four maps: how much of its color each token adds or subtracts", S.T.reshape(4, 128, 128),
+    [f"r = {r + 1}" for r in range(4)], ["({:+.1f}, {:+.1f}, {:+.1f})".format(*c) for c in colors],
+    cmap="RdBu_r", vmin=-abs(S).max(), vmax=abs(S).max())
 
 # %% [markdown]
 # $$Y = X + \frac{S\, U}{\sqrt R} \qquad\text{entry by entry:}\qquad y_{nc} = x_{nc} + \frac1{\sqrt R} \sum_r s_{nr}\, u_{rc}$$
@@ -149,8 +132,8 @@ row("Four maps say how much of its color each token adds or subtracts", [*maps, 
 
 # %%
 def combine_backward(dY, cache):
-    X, S, U = cache                                         # (N,C), (N,R), (R,C)
-    dX = dY                                                 # the skip connection
+    X, S, U = cache                                 # (N,C), (N,R), (R,C)
+    dX = dY                                         # the skip connection
     # two lines
     dS = ...
     dU = ...
@@ -158,13 +141,13 @@ def combine_backward(dY, cache):
 
 
 # %%
-check(combine, combine_backward, X=(N, C), S=(N, R), U=(R, C));
+check(combine, combine_backward, X=(N, C), S=(N, R), U=(R, C))
 
 # %% [markdown]
 # ## 2. The affinity
 
 # %%
-along()
+workbench.along()
 
 # %% [markdown]
 # $$S = \frac{X A^\top}{\sqrt C} \qquad\text{entry by entry:}\qquad s_{nr} = \frac1{\sqrt C} \sum_c x_{nc}\, a_{rc}$$
@@ -174,7 +157,7 @@ along()
 
 # %%
 def affinity_backward(dS, cache):
-    X, A = cache                                            # (N,C), (R,C)
+    X, A = cache                                    # (N,C), (R,C)
     # two lines
     dX = ...
     dA = ...
@@ -182,7 +165,7 @@ def affinity_backward(dS, cache):
 
 
 # %%
-check(affinity, affinity_backward, X=(N, C), A=(R, C));
+check(affinity, affinity_backward, X=(N, C), A=(R, C))
 
 # %% [markdown]
 # ## 3. A learned matrix
@@ -190,9 +173,7 @@ check(affinity, affinity_backward, X=(N, C), A=(R, C));
 # From here on the shapes nearly write the lines. Dashed is what you look for.
 
 # %%
-shapes("Of the products of these pieces, one has Z's shape and one has W's",
-       [("Z", "RD", "written"), ("W", "DC", "learned"), ("=",), ("A", "RC", "written")],
-       [("dA", "RC", "written"), ("Z", "RD", "written"), ("W", "DC", "learned"), ("give",), ("dZ", "RD", "yours"), ("and",), ("dW", "DC", "yours")])
+workbench.matrix()
 
 # %% [markdown]
 # $$T = Z W \qquad\text{entry by entry:}\qquad t_{rc} = \sum_{d} z_{rd}\, w_{dc}$$
@@ -201,7 +182,7 @@ shapes("Of the products of these pieces, one has Z's shape and one has W's",
 
 # %%
 def linear_backward(dT, cache):
-    Z, W = cache                                            # (R,D), (D,C)
+    Z, W = cache                                    # (R,D), (D,C)
     # two lines
     dZ = ...
     dW = ...
@@ -209,7 +190,7 @@ def linear_backward(dT, cache):
 
 
 # %%
-check(linear, linear_backward, Z=(R, h * d), W=(h * d, C));
+check(linear, linear_backward, Z=(R, h * d), W=(h * d, C))
 
 # %% [markdown]
 # The first half is done: with these three, a layer whose $Z$ is given could learn. What is left is how the image writes $Z$.
@@ -217,10 +198,11 @@ check(linear, linear_backward, Z=(R, h * d), W=(h * d, C));
 # ## 4. The summary
 
 # %%
-*_, (P, V), _, _, _, _ = cache
+P, V = cache[5]
 where = np.log10(P[:, 0]).reshape(4, 128, 128)
-row("Where query 1 looks, in each head: bright pixels have a large share in the mean z",
-    where, [f"head {i + 1}" for i in range(4)], vmin=-8, vmax=where.max())
+low, high = np.quantile(where, (0.01, 0.99))
+workbench.row("Where query 1 looks, in each head: a bright pixel has a large share in z",
+    where, [f"head {i + 1}" for i in range(4)], vmin=low, vmax=high)
 
 # %% [markdown]
 # $$Z = P V \qquad\text{entry by entry:}\qquad z_{rd} = \sum_n p_{rn}\, v_{nd}$$
@@ -229,7 +211,7 @@ row("Where query 1 looks, in each head: bright pixels have a large share in the 
 
 # %%
 def average_backward(dZ, cache):
-    P, V = cache                                            # (h,R,N), (h,N,d)
+    P, V = cache                                    # (h,R,N), (h,N,d)
     # two lines
     dP = ...
     dV = ...
@@ -237,13 +219,13 @@ def average_backward(dZ, cache):
 
 
 # %%
-check(average, average_backward, P=(h, R, N), V=(h, N, d));
+check(average, average_backward, P=(h, R, N), V=(h, N, d))
 
 # %% [markdown]
 # ## 5. The softmax
 
 # %%
-shares()
+workbench.shares()
 
 # %% [markdown]
 # $$p_n = \frac{e^{l_n}}{\sum_m e^{l_m}}, \qquad
@@ -254,29 +236,27 @@ shares()
 
 # %%
 def softmax_backward(dP, cache):
-    (P,) = cache                                            # (h,R,N), each row sums to 1
+    (P,) = cache                                    # (h,R,N), each row sums to 1
     # one line
     dL = ...
     return dL
 
 
 # %%
-check(softmax, softmax_backward, L=(h, R, N));
+check(softmax, softmax_backward, L=(h, R, N))
 
 # %% [markdown]
 # ## 6. The scores
 
 # %%
-shapes("In one head: you have written this before, with other letters",
-       [("Q", "Rd", "learned"), ("Kᵀ", "dN", "tokens"), ("=",), ("L", "RN", "written")],
-       [("dL", "RN", "written"), ("Q", "Rd", "learned"), ("K", "Nd", "tokens"), ("give",), ("dQ", "Rd", "yours"), ("and",), ("dK", "Nd", "yours")])
+workbench.one_head()
 
 # %% [markdown]
 # $$L = \frac{Q K^\top}{\sqrt d} \qquad\text{entry by entry:}\qquad l_{rn} = \frac1{\sqrt d} \sum_{j=1}^{d} q_{rj}\, k_{nj}$$
 
 # %%
 def scores_backward(dL, cache):
-    Q, K = cache                                            # (h,R,d), (h,N,d)
+    Q, K = cache                                    # (h,R,d), (h,N,d)
     # two lines
     dQ = ...
     dK = ...
@@ -284,26 +264,25 @@ def scores_backward(dL, cache):
 
 
 # %%
-check(scores, scores_backward, Q=(h, R, d), K=(h, N, d));
+check(scores, scores_backward, Q=(h, R, d), K=(h, N, d))
 
 # %% [markdown]
 # ## 7. The norm
 
 # %%
-projected()
+workbench.projected()
 
 # %% [markdown]
 # $$\hat X = w \circ \bar X + b, \qquad \bar X = \frac{X - \operatorname{mean}}{\operatorname{std}}$$
 #
 # $w$ and $b$ have one number for each channel, used by every token: their gradients are sums over tokens. Through $\bar X$ goes
-# $g = d\hat X \circ w$. Adding a constant to $X$ changes nothing, so take the mean off $g$. Scaling $X$ changes nothing, so take off
-# the part along $\bar X$: that is $\bar X$ times the mean of all $g \circ \bar X$. What is left is divided by std.
+# $g = d\hat X \circ w$. Adding a constant to $X$ changes nothing, so take the mean off $g$. Scaling $X$ changes nothing, so take
+# off the part along $\bar X$: that is $\bar X$ times the mean of all $g \circ \bar X$. What is left is divided by std.
 
 # %%
 def normalize_backward(dXhat, cache):
-    Xbar, std, w = cache                                    # (N,C), one number, (C,)
-    g = dXhat * w
-    # three lines
+    Xbar, std, w = cache                        # (N,C), one number, (C,)
+    # three lines, or four with g
     dw = ...
     db = ...
     dX = ...
@@ -311,7 +290,7 @@ def normalize_backward(dXhat, cache):
 
 
 # %%
-check(normalize, normalize_backward, X=(N, C), w=(C,), b=(C,));
+check(normalize, normalize_backward, X=(N, C), w=(C,), b=(C,))
 
 # %% [markdown]
 # ## 8. The layer
@@ -346,16 +325,19 @@ def layer_backward(dY, cache):
 
 # %%
 check(layer, layer_backward, after=passed, X=(N, C), w=(C,), b=(C,),
-      W_K=(C, h * d), W_V=(C, h * d), Q=(R, h * d), W_A=(h * d, C), W_U=(h * d, C));
+      W_K=(C, h * d), W_V=(C, h * d), Q=(R, h * d), W_A=(h * d, C), W_U=(h * d, C))
 
 # %% [markdown]
 # ## Teach it
 #
-# Each step shows four small pictures under lamps of new colors. The loss is the mean square of what the layer gets wrong,
-# $L = \frac1{n} \sum (\text{color}(Y) - J)^2$. Your backward turns $\partial L / \partial Y$ into the gradient of all 1,120 numbers,
+# Each step shows four small pictures under lamps of new colors. The loss is the mean square of what the layer gets wrong, $L =
+# \frac1{n} \sum (\text{color}(Y) - J)^2$. Your backward turns $\partial L / \partial Y$ into the gradient of all 1,120 numbers,
 # and AdamW, the optimizer of [notebook 5](05_training_by_hand.ipynb), moves them.
 
 # %%
+lamps = mechanism.TASKS["lamps"]
+
+
 def train(layer_backward, steps, progress=tqdm):
     """The layer's numbers, learned in so many steps with this backward."""
     (crops, amounts), rng = mechanism.bank(lamps), np.random.default_rng(0)
@@ -378,18 +360,11 @@ def train(layer_backward, steps, progress=tqdm):
 
 
 # %%
-def forward(images, p):
-    return np.stack([layer(X.reshape(-1, 16), *p.values())[0].reshape(X.shape) for X in images])
-
-
 if passed["layer_backward"]:
-    mine = train(layer_backward, steps=2000)
-    compare("yours", forward(large[None], mine)[0], forward(x, mine))
-    print(f"mean of 12 pictures: under the lamps {decibels(x, J)}, the token MLP {decibels(answer(rival, x, taught[rival]), J)}, "
-          f"the layer taught by you {decibels(forward(x, mine), J)}")
+    compare("yours", train(layer_backward, steps=2000))
 else:
-    print("The training waits for layer_backward. With it, this cell takes about fifteen seconds and shows the picture at the top "
-          "again, by a layer that learned from your gradients.")
+    print("The training waits for layer_backward. Then this cell takes about fifteen seconds and shows\n"
+          "the picture at the top again, by a layer that learned from your gradients.")
 
 # %% [markdown]
 # What happened: your lines said for each of 1,120 numbers in which direction the error falls, 2,000 times. Nobody told the layer
@@ -399,29 +374,25 @@ else:
 #
 # Their solutions are the folded cells.
 #
-# **1.** Wrong, and it learns all the same. Take the row sum out of the softmax's backward. What does `check` say? What do 500 steps
-# of training say, against 500 with the right one? Would you have found this bug without a check?
+# **1.** Wrong, and it learns all the same. Take the row sum out of the softmax's backward. What does `check` say? What do 500
+# steps of training say, against 500 with the right one? Would you have found this bug without a check?
 
 # %% jupyter={"source_hidden": true}
 # Solution
-# It still gains ten decibels: most of a wrong gradient often points downhill. Only the comparison with a right one, or with finite
+# It still gains: much of a wrong gradient often points downhill. Only the comparison with a right one, or with finite
 # differences, shows it.
-from unittest.mock import patch
-
-import solutions
-
-
 def no_row_sum(dP, cache):
     (P,) = cache
     return P * dP
 
 
-assert not check(softmax, no_row_sum, L=(h, R, N))
-reached = [mechanism.psnr(forward(x, train(solutions.layer_backward, 500, progress=iter)), J).mean()]
+check(softmax, no_row_sum, L=(h, R, N))
+assert not passed["no_row_sum"]
+right = workbench.mean_psnr(train(solutions.layer_backward, 500, progress=iter))
 with patch.object(solutions, "softmax_backward", no_row_sum):
-    reached.append(mechanism.psnr(forward(x, train(solutions.layer_backward, 500, progress=iter)), J).mean())
-print("right: {:.1f} dB, without the row sum: {:.1f} dB".format(*reached))
-assert reached[0] > reached[1] > mechanism.psnr(x, J).mean() + 3
+    wrong = workbench.mean_psnr(train(solutions.layer_backward, 500, progress=iter))
+print(f"right: {right:.1f} dB, without the row sum: {wrong:.1f} dB")
+assert right > wrong > 15
 
 # %% [markdown]
 # **2.** The residual the other way round: first the matrix $M = A^\top U / \sqrt{CR}$, then $Y = X + X M$. It is the same $Y$.
@@ -443,12 +414,13 @@ def fast_backward(dY, cache):
     return dX, dA, dU
 
 
-assert check(fast, fast_backward, X=(N, C), A=(R, C), U=(R, C))
+check(fast, fast_backward, X=(N, C), A=(R, C), U=(R, C))
+assert passed["fast_backward"]
 
 # %% [markdown]
-# **3.** A layer whose affinities compete: take a softmax of $S$ over $r$ before they weigh the directions. Which of your functions
-# do you need, in which order? Write the pair `soft(X, A)` and check it. Do a token's affinities still tell *how much* of a lamp
-# it gets?
+# **3.** A layer whose affinities compete: take a softmax of $S$ over $r$ before they weigh the directions. Which of your
+# functions do you need, in which order? Write the pair `soft(X, A)` and check it. Do a token's affinities still tell *how much*
+# of a lamp it gets?
 
 # %% jupyter={"source_hidden": true}
 # Solution
@@ -464,7 +436,8 @@ def soft_backward(dT, cache):
     return solutions.affinity_backward(solutions.softmax_backward(dT, c_T), c_S)
 
 
-assert check(soft, soft_backward, X=(N, C), A=(R, C))
+check(soft, soft_backward, X=(N, C), A=(R, C))
+assert passed["soft_backward"]
 
 # %% [markdown]
 # ## What to read next

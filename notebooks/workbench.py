@@ -1,9 +1,14 @@
 """What notebook 00 needs beside its blanks: a check that says in one sentence what is wrong, and the drawings."""
+import io
+from functools import cache
+
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image, display
 
 from tinycea import check_gradients
-from tinycea.lab.mechanism import color
+from tinycea.adapters import family
+from tinycea.lab.mechanism import CEA, MODELS, TASKS, color, pictures, psnr, teach
 from tinycea.plots import show
 
 N, R, C, d, h = 11, 3, 5, 7, 4                # sizes to check with: all different, so that only the right product fits
@@ -16,7 +21,7 @@ HINTS = {                                     # for a wrong try
     "average_backward": "step 3 again, in each head: .mT, for .T would turn the heads as well",
     "softmax_backward": "P times (dP minus the row's sum of dP times P); sum(-1, keepdims=True) sums a row",
     "scores_backward": "step 2 with Q for X and K for A, in each head; d is K.shape[-1]",
-    "normalize_backward": "dw and db sum over tokens, axis 0; dX is g, minus its mean, minus Xbar times the mean of g Xbar, over std",
+    "normalize_backward": "dw, db sum over tokens, axis 0; dX is g, less its mean, less Xbar times the mean of g Xbar, over std",
     "layer_backward": "Z fed A and U; X̂ fed K and V; X fed the norm, the affinities and the skip connection"}
 
 
@@ -30,8 +35,8 @@ def merge(T):
     return T.swapaxes(0, 1).reshape(T.shape[1], -1)
 
 
-def check(forward, backward, after=(), **shapes):
-    """Print each gradient of `backward` beside its finite difference, and what is wrong with it -> whether all are right.
+def check(forward, backward, after={}, **shapes):
+    """Print each gradient of `backward` beside its finite difference and what is wrong with it; `passed` notes whether all pass.
 
     forward(*arrays) -> (y, cache); backward(dy, cache) -> a gradient for each argument. shapes: argument -> its shape.
     after: like `passed`; all others in it must be right before. The differences are those of `tinycea.check_gradients`.
@@ -39,10 +44,10 @@ def check(forward, backward, after=(), **shapes):
     name, rng = backward.__name__, np.random.default_rng(0)
     inputs = {argument: rng.normal(size=shape) / 2 for argument, shape in shapes.items()}
     passed[name] = False
-    missing = [other.removesuffix("_backward") for other in after if other != name and not after[other]]
+    missing = [other.removesuffix("_backward") for other, fine in after.items() if not fine and other in HINTS and other != name]
     if missing:
         print(f"{name} waits for the steps above: {', '.join(missing)}.")
-        return False
+        return
     y, cache = forward(*inputs.values())
     dy = rng.normal(size=y.shape)
     try:
@@ -56,10 +61,9 @@ def check(forward, backward, after=(), **shapes):
             print(f"{name} returns {len(found)} gradients, expected {len(inputs)}: of {', '.join(inputs)}.")
         if any(gradient is ... for gradient in found):
             print(f"  Replace each `...`. The gradient that comes in has shape {dy.shape}.")
-            return False
+            return
     if not passed[name]:
         print(f"  Hint: {HINTS.get(name, 'derive it entry by entry')}.")
-    return passed[name]
 
 
 def listed(gradients):
@@ -108,7 +112,7 @@ def wrong_by(ratios):
         return "WRONG: it points elsewhere, so a term is missing, or one too many."
     if factor == 0:
         return "WRONG: it is zero."
-    sign, size = ("the sign is turned", "and ") if factor < 0 else ("", "")
+    sign, size = ("the sign is turned", " and ") if factor < 0 else ("", "")
     known = {f"1/√{letter} is {how}": n**power for letter, n in SIZES.items()
              for how, power in (("missing", 0.5), ("there twice", -0.5), ("missing, twice", 1))}
     scale = [text for text, value in known.items() if abs(abs(factor) / value - 1) < 1e-4]
@@ -117,23 +121,56 @@ def wrong_by(ratios):
     return f"WRONG: {factor:.3f} times what it should be: {sign}."
 
 
+# ---- the task ----------------------------------------------------------------------------------------------------------
+
+lamps, RIVAL = TASKS["lamps"], MODELS["token MLP"]
+
+
+@cache
+def taught(config=CEA):
+    """The numbers that a model learns in 2,000 steps, by the library's own backward."""
+    return teach(lamps, config, steps=2000)
+
+
+def test(p, config=CEA):
+    """A photograph's tokens (128,128,16) under the lamps, and what the model makes of them."""
+    photo = pictures(lamps, side=128, draws=2)[0][2]
+    return photo, family(config).forward(photo[None], p, config)[0][0]
+
+
+def mean_psnr(p, config=CEA):
+    """In dB, over 12 pictures of 24 x 24 pixels, of photographs that no training sees; p None: under the lamps."""
+    x, J, _ = pictures(lamps)
+    return psnr(x if p is None else family(config).forward(x, p, config)[0], J).mean()
+
+
+def compare(name, p):
+    """The photograph under the lamps, what the rival and the layer with the numbers p make of it, and the truth."""
+    truth = pictures(lamps, side=128, draws=2)[1][2]
+    means = [mean_psnr(None), mean_psnr(taught(RIVAL), RIVAL), mean_psnr(p)]
+    photo, mine = test(p)
+    shown = [photo, test(taught(RIVAL), RIVAL)[1], mine]
+    row(f"The token MLP gives gray, {name} gives the photograph",
+        [np.clip(image + 0.5, 0, 1) for image in (*map(color, shown), truth)], ["under the lamps", "token MLP", name, "true"],
+        [f"{psnr(y[None], truth[None])[0]:.1f} dB; mean {mean:.1f} dB" for y, mean in zip(shown, means)] + [""])
+    print("mean PSNR: under the lamps {:.1f} dB, token MLP {:.1f} dB, {} {:.1f} dB".format(*means[:2], name, means[2]))
+
+
 # ---- drawings ----------------------------------------------------------------------------------------------------------
 
 FILL = {"learned": "#ffd49a", "written": "#b5d8f7", "tokens": "#f4f4f4", "yours": "#ffffff"}
 
 
-def image(tokens):
-    """The colors that tokens (s,s,16) stand for, as an image."""
-    return np.clip(color(tokens) + 0.5, 0, 1)
-
-
 def row(title, images, titles, below=None, width=9, **settings):
-    """Images side by side."""
+    """Images side by side; as JPEG, for noise fills a PNG."""
     figure, axes = plt.subplots(1, len(images), figsize=(width, width / len(images) + 0.75))
-    for i, axis in enumerate(axes):
-        show(axis, images[i], titles[i], below[i] if below else "", **settings)
+    for axis, *shown in zip(axes, images, titles, below or [""] * len(images)):
+        show(axis, *shown, **settings)
     figure.suptitle(title)
-    plt.show()
+    file = io.BytesIO()
+    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 90})
+    plt.close(figure)
+    display(Image(file.getvalue()))
 
 
 def shapes(title, *lines):
@@ -151,7 +188,8 @@ def shapes(title, *lines):
             (rows, columns), kind = box
             high, wide = length[rows], length[columns]
             top = y - (tall - high) / 2
-            axes.add_patch(plt.Rectangle((x, top - high), wide, high, fc=FILL[kind], ec="#444444", ls="--" if kind == "yours" else "-"))
+            dashed = "--" if kind == "yours" else "-"
+            axes.add_patch(plt.Rectangle((x, top - high), wide, high, fc=FILL[kind], ec="#444444", ls=dashed))
             axes.text(x + wide / 2, top - high / 2, name, ha="center", va="center", size=11)
             axes.text(x + wide / 2, top - high - 0.08, f"({rows},{columns})", ha="center", va="top", size=7, color="#444444")
             x += wide + 0.35
@@ -160,6 +198,22 @@ def shapes(title, *lines):
     axes.set_aspect("equal")
     axes.axis("off")
     plt.show()
+
+
+def matrix():
+    """T = Z W, and the pieces of its backward."""
+    shapes("Of the products of these pieces, one has Z's shape and one has W's",
+           [("Z", "RD", "written"), ("W", "DC", "learned"), ("=",), ("T", "RC", "written")],
+           [("dT", "RC", "written"), ("Z", "RD", "written"), ("W", "DC", "learned"), ("give",), ("dZ", "RD", "yours"), ("and",),
+            ("dW", "DC", "yours")])
+
+
+def one_head():
+    """L = Q K^T, and the pieces of its backward."""
+    shapes("In one head: you have written this before, with other letters",
+           [("Q", "Rd", "learned"), ("Kᵀ", "dN", "tokens"), ("=",), ("L", "RN", "written")],
+           [("dL", "RN", "written"), ("Q", "Rd", "learned"), ("K", "Nd", "tokens"), ("give",), ("dQ", "Rd", "yours"), ("and",),
+            ("dK", "Nd", "yours")])
 
 
 def along():
@@ -183,7 +237,8 @@ def shares():
     for shift, name, offset in ((0, "before", -0.2), (1, "logit 4 raised by 1", 0.2)):
         e = np.exp(logits + shift * (np.arange(6) == 3))
         axes.bar(np.arange(1, 7) + offset, e / e.sum(), 0.38, label=name, hatch="//" if shift else None, ec="white")
-    axes.set(title="Shares sum to 1: raise one logit, its share grows and every other shrinks", xlabel="token n", ylabel="share p")
+    axes.set(title="Shares sum to 1: raise one logit, its share grows, every other shrinks",
+             xlabel="token n", ylabel="share p")
     axes.legend()
     plt.show()
 
@@ -196,10 +251,13 @@ def projected():
     x, g = np.array([np.cos(turn), np.sin(turn)]), np.array([0.15, 0.85])
     left = g - x * (x @ g)
     axes.plot(*np.transpose([0 * x, 1.9 * x]), color="#888888", ls=":", lw=1)
-    for start, end, shade, name in ((0 * x, x, "black", "X̄"), (x, x + g, "#D55E00", "g"), (x, x + left, "#009E73", "what is left of g")):
+    for start, end, shade, name, shift in (
+            (0 * x, x, "black", "X̄", (0.04, -0.08)), (x, x + g, "#D55E00", "g", (0.04, 0)),
+            (x, x + left, "#009E73", "what is left of g", (-1.0, 0.05))):
         axes.annotate("", end, start, arrowprops={"width": 1.8, "headwidth": 8, "color": shade})
-        axes.text(*end + (0.04, 0.04), name, color=shade, size=11)
-    axes.set(title="X and 2X have the same X̄: of g, the part along X̄ comes to nothing", aspect="equal", xlim=(-1.2, 2.8), ylim=(-0.15, 1.7))
-    axes.legend(loc="lower left")
+        axes.text(*end + shift, name, color=shade, size=11)
+    axes.set(title="X and 2X have the same X̄: of g, the part along X̄ comes to nothing", aspect="equal",
+             xlim=(-1.2, 2.8), ylim=(-0.15, 1.7))
+    axes.legend(loc="lower right")
     axes.grid(False)
     plt.show()
