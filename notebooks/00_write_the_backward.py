@@ -104,7 +104,7 @@ def layer(X, w, b, W_K, W_V, Q, W_A, W_U):
     return Y, (c_norm, c_K, c_V, c_L, c_P, c_Z, c_A, c_U, c_S, c_Y)
 
 
-photo, restored = workbench.test(p)                       # the photograph's tokens (128,128,16), before and after the library's layer
+photo, restored = workbench.test(p)             # the photograph's tokens (128,128,16), before and after the library's layer
 Y, cache = layer(photo.reshape(-1, 16), *p.values())
 assert np.allclose(Y.reshape(photo.shape), restored, atol=1e-4)
 
@@ -114,15 +114,15 @@ assert np.allclose(Y.reshape(photo.shape), restored, atol=1e-4)
 #
 # ## 1. The residual
 #
-# $S$ holds $R = 4$ maps. Where map $r$ is red the token adds direction $u_r$, where it is blue it subtracts it. The
-# color of $u_r$, as red, green and blue, is below.
+# $S$ holds $R = 4$ maps. Where map $r$ is red the token adds direction $u_r$, where it is blue it subtracts it. The color of
+# $u_r$, as red, green and blue, is below.
 
 # %%
 *_, (_, S, U) = cache
 colors = mechanism.color(U)                     # of each direction, as (red, green, blue)
 workbench.row("Four maps: how much of its color each token adds or subtracts", S.T.reshape(4, 128, 128),
-    [f"r = {r + 1}" for r in range(4)], ["({:+.1f}, {:+.1f}, {:+.1f})".format(*c) for c in colors],
-    cmap="RdBu_r", vmin=-abs(S).max(), vmax=abs(S).max())
+              [f"r = {r + 1}" for r in range(4)], ["({:+.1f}, {:+.1f}, {:+.1f})".format(*c) for c in colors],
+              cmap="RdBu_r", vmin=-abs(S).max(), vmax=abs(S).max())
 
 # %% [markdown]
 # $$Y = X + \frac{S\, U}{\sqrt R} \qquad\text{entry by entry:}\qquad y_{nc} = x_{nc} + \frac1{\sqrt R} \sum_r s_{nr}\, u_{rc}$$
@@ -202,7 +202,7 @@ P, V = cache[5]
 where = np.log10(P[:, 0]).reshape(4, 128, 128)
 low, high = np.quantile(where, (0.01, 0.99))
 workbench.row("Where query 1 looks, in each head: a bright pixel has a large share in z",
-    where, [f"head {i + 1}" for i in range(4)], vmin=low, vmax=high)
+              where, [f"head {i + 1}" for i in range(4)], vmin=low, vmax=high)
 
 # %% [markdown]
 # $$Z = P V \qquad\text{entry by entry:}\qquad z_{rd} = \sum_n p_{rn}\, v_{nd}$$
@@ -330,9 +330,9 @@ check(layer, layer_backward, after=passed, X=(N, C), w=(C,), b=(C,),
 # %% [markdown]
 # ## Teach it
 #
-# Each step shows four small pictures under lamps of new colors. The loss is the mean square of what the layer gets wrong, $L =
-# \frac1{n} \sum (\text{color}(Y) - J)^2$. Your backward turns $\partial L / \partial Y$ into the gradient of all 1,120 numbers,
-# and AdamW, the optimizer of [notebook 5](05_training_by_hand.ipynb), moves them.
+# Each step shows four small pictures under lamps of new colors. The loss is the mean square of what the layer gets wrong,
+# $L = \frac1{n} \sum (\text{color}(Y) - J)^2$. Your backward turns $\partial L / \partial Y$ into the gradient of all
+# 1,120 numbers, and AdamW, the optimizer of [notebook 5](05_training_by_hand.ipynb), moves them.
 
 # %%
 lamps = mechanism.TASKS["lamps"]
