@@ -14,8 +14,8 @@ For tokens X (B,N,C) of one stage's features:
 The image writes one linear map, Y = X (I + A^T U / sqrt(C R)). Through the norm it is blind to the image's scale: doubling X
 doubles Y. (Not so with a norm per token, which would also divide away how much of a degradation a token carries.)
 The paper's abstract fixes the probe, A, U and the signed affinities; norm, heads, scales and initialization are our choice.
-Derived line by line in notebooks/02_hyper_adapter; the last two lines as attention: notebooks/03_linear_attention. Switches for
-ablation are in ablations.py.
+Derived line by line in notebooks/02_hyper_adapter; the last two lines as attention: notebooks/03_linear_attention. To write the
+backward yourself: notebooks/00_write_the_backward. Switches for ablation are in ablations.py.
 """
 from .ops import cpu
 from .params import accumulate
