@@ -1,4 +1,4 @@
-"""tinycea against the same network in PyTorch (the twin) and in JAX: time, peak memory, growth with the image, cold start.
+"""tinycea against the same network in PyTorch (the twin) and in JAX: time, peak memory, cold start.
 
 Each side lives in a process of its own and all are run in turn, so that a slow moment of the machine strikes all; what is
 compared is first shown to give the same outputs and gradients. Every side gets one thread, then all cores.
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-import tracemalloc
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
@@ -32,8 +31,7 @@ JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for si
            ("inference", (1, 256)), ("inference", (1, 512)), ("inference", (1, 1024))])
 FORWARD = "CEA forward", "inference"          # the others compute gradients
 PEAKS = [("training step", (8, 48)), ("training step", (8, 96)), ("inference", (1, 1024))]
-GROWTH = [64, 128, 256, 512, 1024]
-FULL, QUICK = (JOBS, PEAKS, GROWTH), ([JOBS[3], JOBS[6], JOBS[7], JOBS[9]], PEAKS[:1], GROWTH[:3])
+QUICK = [JOBS[i] for i in (3, 6, 7, 9)], PEAKS[:1]
 GPU_JOBS = [*JOBS[3:6], ("CEA forward+backward", (2**20, 128, 16)), JOBS[7], ("training step", (32, 128))]
 KERNELS = 2**20, 128, 16                      # (N,C,R) of the kernels' rows
 TOLERANCE = 1e-3                              # largest difference over largest value: float32 through a whole network and back
@@ -197,11 +195,7 @@ def serve(task, job, side, threads=1, device="cpu"):
             return answers(HERE["run"]())
         if task == "time":
             return seconds_of(HERE["run"], gpu.synchronize if gpu else int)
-        if task == "peak memory":
-            return (room.reserved() if room else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
-        tracemalloc.start()
-        HERE["run"]()
-        return tracemalloc.get_traced_memory()[1] / 2**20
+        return (room.reserved() if room else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
 
 
 def seconds_of(run, wait):
@@ -280,7 +274,7 @@ def bench(quick=False):
     """Yield the rows, dicts as `row` makes them; half an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
     names = ["tinycea"] + ["NCHW", "channels_last"] * installed("torch") + ["JAX"] * installed("jax")
-    jobs, peaks, growth = QUICK if quick else FULL
+    jobs, peaks = QUICK if quick else (JOBS, PEAKS)
     with ExitStack() as stack:
         asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
         for kind, size in jobs:
@@ -289,9 +283,8 @@ def bench(quick=False):
                 yield from rows(label(kind, size), seconds, n, "s")
             for n in counts[1:]:
                 yield row(f"{label(kind, size)}, {n} threads", *(seconds["tinycea", k] for k in (n, 1)), "tinycea, 1 thread", "s")
-        yield from growth_rows({side: ask for side, ask in asks.items() if side[1] == 1}, growth, 3 if quick else 5)
     for kind, size in peaks:
-        memory = {(name, 1): [peak("peak memory", kind, size, 3, name)] for name in names}
+        memory = {(name, 1): [peak(kind, size, name)] for name in names}
         yield from rows(f"peak memory, {label(kind, size)}", memory, 1, "mb")
     yield from cold_start(1 if quick else 9)
 
@@ -320,7 +313,7 @@ def bench_gpu(quick=False):
     for kind, size in GPU_JOBS[4:5] if quick else GPU_JOBS:
         with ExitStack() as stack:
             seconds = race({side: stack.enter_context(contender(side, 1, "cuda")) for side in sides}, kind, size, rounds)
-        memory = {side: [peak("peak memory", kind, size, 3, side, 1, "cuda")] for side in sides}
+        memory = {side: [peak(kind, size, side, 1, "cuda")] for side in sides}
         for side in sides[1:] or [None]:
             rival = f"PyTorch {side}" if side else "PyTorch is not installed, or sees no GPU"
             yield row(label(kind, size), seconds["tinycea"], seconds.get(side), rival, "s")
@@ -364,29 +357,13 @@ def kernels(room, N, C, R):
     yield "adamw", lambda: room.adamw(*flat, 1, LR, DECAY), least_work(flat[0].size, C, R)["adamw"][0]
 
 
-def peak(what, kind, size, runs, *settings):
+def peak(kind, size, *settings):
     """MB at the peak of a process of its own that ran the job a few times."""
     with contender(*settings) as ask:
         ask("prepare", kind, size)
-        for _ in range(runs - 1):
+        for _ in range(2):
             ask("time")
-        return ask(what)
-
-
-def exponent(sizes, values):
-    """The slope of log value over log pixels."""
-    return np.polyfit(2 * np.log(sizes), np.log(values), 1)[0]
-
-
-def growth_rows(asks, sizes, rounds):
-    """Exponents of time and of the arrays' memory over the pixels of one image."""
-    for kind in ("inference", "training step"):
-        seconds = [race(asks, kind, (1, n), rounds) for n in sizes]
-        megabytes = [peak("peak of arrays", kind, (1, n), 1, "tinycea") for n in sizes]
-        name = f"{kind} over {sizes[0]} x {sizes[0]} to {sizes[-1]} x {sizes[-1]} pixels"
-        yield from rows(f"time, {name}", {side: [exponent(sizes, [np.median(s[side]) for s in seconds])] for side in asks}, 1,
-                        "exponent")
-        yield row(f"memory of arrays, {name}", [exponent(sizes, megabytes)], None, "none", "exponent")
+        return ask("peak memory")
 
 
 def cold_start(rounds):
@@ -408,7 +385,7 @@ def process_seconds(arguments):
 def format_row(r):
     """One line of the table."""
     unit = next(key[5:] for key in r if key.startswith("ours_"))
-    factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "gb": (1, "{:.4g} GB/s"), "exponent": (1, "{:.2f}")}[unit]
+    factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "gb": (1, "{:.4g} GB/s")}[unit]
     mine, other = ("" if x is None else text.format(factor * x) for x in (r[f"ours_{unit}"], r[f"theirs_{unit}"]))
     ratio, spread = (f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["spread"])) if other else ("", "")
     if len(set(r["spread"] or [0])) == 1:
