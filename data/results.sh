@@ -23,7 +23,7 @@ publish() {                                   # NAME TABLE ARGUMENTS: the table 
 mkdir -p runs data/results/length
 publish tuning rates --split validation --suites aio5 patchwork --adapters cea ${rivals#wider } --rates 0.1 0.3 1 --seeds 1
 publish headline table
-for picture in cost strip; do cp "runs/headline/$picture.png" "data/results/headline/table-$picture.png"; done
+cp runs/headline/cost.png data/results/headline/table-cost.png
 publish headline without-sca --suites aio5 patchwork --adapters $bare
 cp runs/headline/cost.png data/results/headline/without-sca-cost.png
 publish headline tokens --adapters $rivals cea cea:tokens=X

@@ -23,7 +23,7 @@ from functools import cache, partial
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import ablations, check_gradients
+from tinycea import ablations, cea, check_gradients
 from tinycea.lab import mechanism
 from tinycea.ops import reference as ops
 from tinycea.plots import show
@@ -143,7 +143,7 @@ assert close(Y_b, ops.assembly(X_b, X_b, A_b, U_b)[0]) and close(Y_b[0], Y)
 # %%
 config = ablations.CEAConfig()
 x, p = rng.normal(size=(8, 32, 32, 24)), {name: np.empty(shape) for name, shape in ablations.shapes(24, config).items()}
-ablations.init(p, rng)
+cea.init(p, rng)
 untrained = ablations.anatomy(ablations.forward(x, p, config, ops)[1])
 independent, _ = ops.affinity(x[0].reshape(-1, 24), rng.normal(size=(500, 24)))
 print(f"standard deviation of s: independent {independent.std():.2f}, untrained layer {untrained['S'].std():.2f}")

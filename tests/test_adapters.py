@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import map_coordinates
 from test_ops import EVERY_BACKEND, LAYOUTS, close, dot, loop_layernorm, loop_linear, naming, snapshot, softmax
 
-from tinycea import ablations, adapters, cases, gradcheck, nafnet
+from tinycea import ablations, adapters, cases, cea, gradcheck, nafnet
 from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES, DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
 from tinycea.ops import backend, reference
@@ -228,7 +228,7 @@ def test_fresh_layer_is_the_identity_and_can_leave_it(config, dtype):
     x, p, _ = layer(config, dtype=dtype)
     for value in p.values():
         value[...] = np.nan
-    adapters.init(p, np.random.default_rng(0))
+    cea.init(p, np.random.default_rng(0))
     y, cache = family(config).forward(x, p, config)
     assert np.array_equal(y, x)
     zero = {name for name, value in p.items() if not value.any()}
@@ -246,7 +246,7 @@ def test_start_is_repeatable_and_of_the_scale_it_says(config):
     big = replace(config, **{name: 40 for name in ("hidden", "rank", "size") if hasattr(config, name)})
     p, again, other = ({name: np.empty(s) for name, s in family(big).shapes(50, big).items()} for _ in range(3))
     for values, seed in ((p, 0), (again, 0), (other, 1)):
-        adapters.init(values, np.random.default_rng(seed))
+        cea.init(values, np.random.default_rng(seed))
     assert snapshot(list(p.values())) == snapshot(list(again.values())) != snapshot(list(other.values()))
     for name in set(p) - {"norm.weight", "norm.bias", "b_1", "b_2", ZERO[type(config)]}:
         expected = 1 if name in ("A", "P") else len(p[name])**-0.5

@@ -80,13 +80,10 @@ def test_quick_bench_as_a_user_runs_it(monkeypatch, capsys):
     """Of other sizes: its rows are whole, whatever they say."""
     small = {"CEA": (1024, 24, 8), "NAFBlock": (2, 16, 16, 8), "training": (2, 16), "inference": (1, 32)}
     monkeypatch.setattr(bench, "QUICK", [[(kind, small[kind.split()[0]]) for kind, _ in which] for which in bench.QUICK])
-    cold = bench.process_seconds              # without the gradient check, which has tests of its own
-    monkeypatch.setattr(bench, "process_seconds", lambda arguments: cold(["-c", ""] if "gradcheck" in arguments else arguments))
     assert cli.main(["bench", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     check(rows)
-    kinds = ["CEA forward+backward", "NAFBlock", "training step", "inference", "peak memory, training step", "cold start, import",
-             "cold start, tinycea gradcheck"]
+    kinds = ["CEA forward+backward", "NAFBlock", "training step", "inference", "peak memory, training step"]
     assert all(any(row["name"].startswith(kind) for row in rows) for kind in kinds)
 
 
@@ -94,10 +91,9 @@ def test_quick_bench_as_a_user_runs_it(monkeypatch, capsys):
 def test_without_pytorch_the_rows_are_ours_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "QUICK", ([("CEA forward", (64, 12, 3))], []))
-    monkeypatch.setattr(bench, "process_seconds", lambda arguments: 1.0)
     rows = list(bench.bench(quick=True))
     check(rows)
-    assert {row["rival"] for row in rows} == {"PyTorch and JAX are not installed", "none", "import numpy", "tinycea, 1 thread"}
+    assert {row["rival"] for row in rows} == {"PyTorch and JAX are not installed", "tinycea, 1 thread"}
     monkeypatch.setattr(bench, "bench", lambda quick: iter(rows))
     assert cli.main(["bench"]) == 0
     printed = capsys.readouterr().out.splitlines()

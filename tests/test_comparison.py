@@ -99,7 +99,7 @@ def test_quick_prints_a_table_and_trains_nothing_twice(tmp_path, capsys):
         said = capsys.readouterr().out
         assert said.count("minus CEA's") == 2
         assert "wider" in said and "cea" in said
-        assert {file.name for file in tmp_path.iterdir()} == {"runs.jsonl", "models", "cost.png", "strip.png"}
+        assert {file.name for file in tmp_path.iterdir()} == {"runs.jsonl", "models", "cost.png"}
         lines = (tmp_path / "runs.jsonl").read_text().splitlines()
         assert len(lines) == 2 and len(list((tmp_path / "models").iterdir())) == 2
         assert {json.loads(line)["recipe"]["adapter"] for line in lines} == {"wider", "cea"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_ops import naming, several
 
-from tinycea import ablations, adapters, cases, gradcheck, nafnet
+from tinycea import ablations, cases, cea, gradcheck, nafnet
 from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES
 from tinycea.gradcheck import check_gradients
@@ -281,7 +281,7 @@ def test_fresh_cea_layer_is_the_identity(config):
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):
         p = {name: np.full(shape, np.nan, dtype) for name, shape in ablations.shapes(6, config).items()}
-        adapters.init(p, rng)
+        cea.init(p, rng)
         x = rng.normal(size=(2, 3, 5, 6)).astype(dtype)
         assert np.array_equal(ablations.forward(x, p, config)[0], x)
         assert all(np.isfinite(value).all() for value in p.values())

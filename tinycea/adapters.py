@@ -223,19 +223,6 @@ def experts_backward(dy, cache, g):
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
-def init(p, rng):
-    """Fill an adapter's parameters in place: matrices N(0, 1/rows), Q, prompts P and a learned A N(0, 1), biases and the last
-    factor zero, so that Y = X."""
-    last = next(name for name in ("U", "W_U", "W", "W_2") if name in p)
-    for name, value in p.items():
-        if name == "norm.weight":
-            value[...] = 1
-        elif name == last or value.ndim == 1:
-            value[...] = 0
-        else:
-            value[...] = rng.normal(0, 1 if name in "QPA" else value.shape[0]**-0.5, value.shape)
-
-
 class Family(NamedTuple):
     """A kind of adapter: its configuration's type, and its functions; see the top of this file."""
     config: type

@@ -34,14 +34,16 @@ def shapes(C, rank=8, heads=4, probe_channels=None):
 
 
 def init(p, rng):
-    """Fill a layer's parameters in place: matrices N(0, 1/rows), Q N(0, 1), W_U zero so that Y = X. Our choice."""
+    """Fill a layer's parameters in place, or a rival's: matrices N(0, 1/rows), Q N(0, 1), so a rival's prompts P and learned A,
+    biases and the last factor zero, so that Y = X. Our choice."""
+    last = next(name for name in ("U", "W_U", "W", "W_2") if name in p)
     for name, value in p.items():
         if name == "norm.weight":
             value[...] = 1
-        elif name in ("norm.bias", "W_U"):
+        elif name == last or value.ndim == 1:
             value[...] = 0
         else:
-            value[...] = rng.normal(0, 1 if name == "Q" else value.shape[0]**-0.5, value.shape)
+            value[...] = rng.normal(0, 1 if name in "QPA" else value.shape[0]**-0.5, value.shape)
 
 
 def cea(x, p, heads=4, ops=cpu):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import ablations, adapters
+from . import ablations, cea
 from .ablations import CEAConfig
 from .adapters import FAMILIES, family
 from .ops import cpu
@@ -134,7 +134,7 @@ def init(config, rng, dtype=np.float32):
             if name[:-6] + "bias" in p:
                 p[name[:-6] + "bias"][...] = rng.uniform(-bound, bound, len(value))
     for stage in config.adapted():
-        adapters.init(under(p, f"adapters.{stage}"), rng)
+        cea.init(under(p, f"adapters.{stage}"), rng)
     return p
 
 

@@ -1,4 +1,4 @@
-"""tinycea against the same network in PyTorch (the twin) and in JAX: time, peak memory, cold start.
+"""tinycea against the same network in PyTorch (the twin) and in JAX: time and peak memory.
 
 Each side lives in a process of its own and all are run in turn, so that a slow moment of the machine strikes all; what is
 compared is first shown to give the same outputs and gradients. Every side gets one thread, then all cores.
@@ -6,8 +6,6 @@ compared is first shown to give the same outputs and gradients. Every side gets 
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
@@ -286,7 +284,6 @@ def bench(quick=False):
     for kind, size in peaks:
         memory = {(name, 1): [peak(kind, size, name)] for name in names}
         yield from rows(f"peak memory, {label(kind, size)}", memory, 1, "mb")
-    yield from cold_start(1 if quick else 9)
 
 
 def installed(name):
@@ -364,22 +361,6 @@ def peak(kind, size, *settings):
         for _ in range(2):
             ask("time")
         return ask("peak memory")
-
-
-def cold_start(rounds):
-    """Whole processes: importing the network, against importing NumPy and the rivals; the gradient check."""
-    names = ["tinycea.nafnet", "numpy", *filter(installed, ("torch", "jax"))]
-    turns = [[process_seconds(["-c", f"import {name}"]) for name in names] for _ in range(rounds)]
-    mine, *others = zip(*turns)
-    for name, seconds in zip(names[1:], others):
-        yield row("cold start, import tinycea.nafnet", mine, seconds, f"import {name}", "s")
-    yield row("cold start, tinycea gradcheck", [process_seconds(["-m", "tinycea", "gradcheck"])], None, "none", "s")
-
-
-def process_seconds(arguments):
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
 
 
 def format_row(r):

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import product
@@ -34,7 +34,7 @@ from ..nafnet import nafnet, shapes
 from ..ops import backend, reference
 from ..ops.cpu import keep_memory
 from ..params import Params, load
-from ..plots import save, show
+from ..plots import save
 from ..restoration import restore_rgb
 from ..runtime import InputError, interruptible, locked, machine, pool, read_bytes
 from ..training import load_progress, recipe_for, save_progress, train_together
@@ -378,32 +378,15 @@ def _difference(row, entry, base="minus_cea"):
     return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[base][entry]) if base in row else ""
 
 
-def examples(recipes, folder, split, size=128):
-    """A crop of each suite's last photograph: degraded, restored by each of the recipes with seed 0, clean -> a dict a suite."""
-    results = []
-    for suite_name in dict.fromkeys(recipe.suite for recipe in recipes):
-        tests = partial(test_set, suite(suite_name), split)
-        entry, photo, image, clean = tests()[-1]
-        corner = tuple(slice((n - size) // 2, (n + size) // 2) for n in clean.shape[:2])
-        images = {f"{photo}, {entry}": image}
-        images |= {recipe.adapter: restore_rgb(tests(degrade=degrader(recipe.adapter))[-1][2],
-                                               *load_model(model_path(recipe, Path(folder))))
-                   for recipe in recipes if (recipe.suite, recipe.seed, recipe.steps) == (suite_name, 0, recipes[0].steps)}
-        results.append({title: (image[corner], psnr(image[corner], clean[corner])) for title, image in images.items()}
-                       | {"clean": (clean[corner], None)})
-    return results
-
-
 # ---- what is printed and drawn ---------------------------------------------------------------------------------------
 
-def publish(recipes, lines, folder, split):
+def publish(recipes, lines, folder):
     """Print the tables of `compare`'s lines, draw the pictures into the folder."""
     for view in lines[0]["psnr"]:
         print(format_rows(rows(lines, view)))
     quality(rows(lines), folder / "cost.png")
     if len({recipe.steps for recipe in recipes}) > 1:
         quality(rows(lines), folder / "steps.png", "steps")
-    strip(examples(recipes, folder, split), folder / "strip.png")
     print(f"{machine()}; runs, models and pictures in {folder}")
 
 
@@ -423,18 +406,4 @@ def quality(results, path, against="multiplications"):
                                                      "steps": {"xlabel": "training steps", "xscale": "log"}}[against])
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, path)
-
-
-def strip(examples, path):
-    """One row per example of `examples`, a dict of title -> (image, PSNR or None); same size in a row."""
-    columns = max(map(len, examples))
-    figure = Figure((1.9 * columns, 2.3 * len(examples)), layout="constrained")
-    grid = figure.subplots(len(examples), columns, squeeze=False)
-    for row, images in zip(grid, examples):
-        for axes in row[len(images):]:
-            axes.axis("off")
-        for axes, (title, (image, dB)) in zip(row, images.items()):
-            show(axes, image, title, "" if dB is None else f"{dB:.2f} dB")
-            axes.title.set_fontsize(8)
     save(figure, path)

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+from .. import cea
 from ..ablations import CEAConfig
-from ..adapters import DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family, init
+from ..adapters import DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
 from ..ops import cpu
 from ..optim import clip_by_norm, decay_mask, warmup_cosine
 from ..params import Params
@@ -122,7 +123,7 @@ def teach(task, config, steps, seed=0, rate=0.03, batch=4):
     """One layer alone, trained for so many steps on so many pictures each -> its parameters."""
     (crops, amounts), adapter, rng = bank(task), family(config), np.random.default_rng([seed, 2])
     p = Params(adapter.shapes(task.K + LIFT.shape[1], config))
-    init(p, rng)
+    cea.init(p, rng)
     g, m, v, decay = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat), 1e-4 * decay_mask(p)
     for step in range(1, steps + 1):
         J, a = (kind[rng.integers(len(kind), size=batch)][..., rng.permutation(kind.shape[-1])] for kind in (crops, amounts))
