@@ -33,9 +33,9 @@ def publish(photo, out, weights=WEIGHTS):
     pixels, m = read_pixels(photo), model.config.multiple()
     small = PIL.Image.fromarray(np.rint(255 * as_rgb(pixels)).astype(np.uint8))
     small.thumbnail((SIDE, SIDE))
-    image = as_rgb(np.asarray(small)[:small.height // m * m, :small.width // m * m])
-    if not image.size:
+    if min(small.size) < m:
         raise InputError(f"{photo}: reduced to {small.width} x {small.height} pixels, expected at least {m} a side")
+    image = as_rgb(np.asarray(small)[:small.height // m * m, :small.width // m * m])
     found = {"name": Path(photo).name, "file": pixels.shape[1::-1], "size": image.shape[1::-1]} | explained(image, *model)
     page = Path(__file__).with_suffix(".html").read_text("utf-8").replace("DATA", json.dumps(found).replace("<", "\\u003c"))
     with atomic(out) as temporary:
