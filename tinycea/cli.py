@@ -1,4 +1,4 @@
-"""The command `tinycea`: mechanism, train, compare, restore, evaluate, convert, degrade, demo, gradcheck, bench.
+"""The command `tinycea`: mechanism, train, compare, restore, explain, evaluate, convert, degrade, demo, gradcheck, bench.
 
 Bad input ends in one sentence and exit status 2.
 """
@@ -76,6 +76,11 @@ def parser():
     sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of overlapping windows, 0 for none (default 512)")
     sub.add_argument("--threads", type=count, metavar="N", help="windows restored at a time (default one for each core)")
     sub.add_argument("--megapixels", type=positive, help="the largest photograph that is read (default 128)")
+
+    sub = command(explain, "look into a photograph's restoration: every component's map, and the photograph without it")
+    sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file; reduced to 512 pixels a side")
+    sub.add_argument("-o", "--out", type=path, required=True, help="the page to write, an .html that needs nothing beside it")
+    sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model with CEA layers (default: ours)")
 
     sub = command(evaluate, "PSNR and SSIM of degraded images, and of what a model makes of them, against clean ones")
     sub.add_argument("degraded", type=path, metavar="DEGRADED", help="a folder of images")
@@ -180,6 +185,12 @@ def restore(args):
     from .restoration import WEIGHTS, restore_files
     for target in restore_files(args.photos, args.out, args.weights or WEIGHTS, **given(args, "window", "threads", "megapixels")):
         print(target)
+    return 0
+
+
+def explain(args):
+    from .lab.explain import publish
+    publish(args.photo, args.out, **given(args, "weights"))
     return 0
 
 
