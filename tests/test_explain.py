@@ -81,7 +81,7 @@ def test_a_large_photograph_is_reduced_and_its_page_under_5_mb(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name, arguments", [
-    ("name an .html file", ("-o", "page.png")), ("name an .html file", ("-o", ".")),
+    ("the name of an .html file", ("-o", "page.png")), ("the name of an .html file", ("-o", ".")),
     ("is the input itself", ("-o", "photo.html")), ("cannot be read", ("-o", "a.html", "--weights", "none")),
     ("no CEA layer", ("-o", "a.html", "--weights", "plain")), ("expected at least 4 a side", ("-o", "a.html", "--weights", "m"))])
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, name, arguments):

@@ -61,7 +61,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
 def test_a_bad_folder_or_picture_is_refused_at_once(tmp_path, capsys):
     assert cli.main(["mechanism", "--test", str(tmp_path / "none"), "-o", str(tmp_path / "m.png")]) == 2
     assert "is not a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
-    assert cli.main(["mechanism", "-o", str(tmp_path / "m.jpg")]) == 2 and "name a .png file" in capsys.readouterr().err
+    assert cli.main(["mechanism", "-o", str(tmp_path / "m.jpg")]) == 2
+    assert "is not the name of a .png file" in capsys.readouterr().err
 
 
 # ---- the suite -----------------------------------------------------------------------------------------------------------

@@ -128,15 +128,6 @@ def _affinities(tokens, A, config, ops):
     return S, (c_S, c_T, c_mean)
 
 
-def _affinities_backward(dS, cache, config, ops):
-    c_S, c_T, c_mean = cache
-    if config.level == "image":
-        dS = ops.token_mean_backward(dS, c_mean)
-    if config.affinity != "signed":
-        dS = ops.topk_softmax_backward(dS, c_T)
-    return ops.affinity_backward(dS, c_S)
-
-
 def _assemble(X, tokens, A, U, config, ops):
     if config.affinity == "signed" and config.level == "token":
         return ops.assembly(X, tokens, A, U)
@@ -148,9 +139,13 @@ def _assemble(X, tokens, A, U, config, ops):
 def _assemble_backward(dY, cache, config, ops):
     if config.affinity == "signed" and config.level == "token":
         return ops.assembly_backward(dY, cache)
-    c_S, c_Y = cache
+    (c_S, c_T, c_mean), c_Y = cache
     dX, dS, dU = ops.combine_backward(dY, c_Y)
-    return dX, *_affinities_backward(dS, c_S, config, ops), dU
+    if config.level == "image":
+        dS = ops.token_mean_backward(dS, c_mean)
+    if config.affinity != "signed":
+        dS = ops.topk_softmax_backward(dS, c_T)
+    return dX, *ops.affinity_backward(dS, c_S), dU
 
 
 def anatomy(cache):

@@ -26,7 +26,6 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of all commands; each command's function is its `run`."""
-    path = number(str, str.strip, "a path")
     top = Parser(prog="tinycea", allow_abbrev=False, description="Continuous Expert Assembly for image restoration, in NumPy.")
     top.add_argument("--version", action="version", version=f"tinycea {__version__}")
     commands = top.add_subparsers(required=True, metavar="mechanism|train|compare|restore|evaluate|...")
@@ -37,7 +36,7 @@ def parser():
         return sub
 
     sub = command(mechanism, "what the layer is for: one layer alone cleans photographs under unknown colors (a minute)")
-    sub.add_argument("-o", "--out", type=path, default="mechanism.png", help="the picture, a .png (default mechanism.png)")
+    sub.add_argument("-o", "--out", type=png, default="mechanism.png", help="the picture, a .png (default mechanism.png)")
     sub.add_argument("--test", type=path, metavar="DIR", help="test on a folder's last hundred photographs by name instead")
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
@@ -79,7 +78,7 @@ def parser():
 
     sub = command(explain, "look into a photograph's restoration: every component's map, and the photograph without it")
     sub.add_argument("photo", type=path, metavar="PHOTO", help="an image file; reduced to 512 pixels a side")
-    sub.add_argument("-o", "--out", type=path, required=True, help="the page to write, an .html that needs nothing beside it")
+    sub.add_argument("-o", "--out", type=html, required=True, help="the page to write, an .html that needs nothing beside it")
     sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model with CEA layers (default: ours)")
 
     sub = command(evaluate, "PSNR and SSIM of degraded images, and of what a model makes of them, against clean ones")
@@ -103,7 +102,7 @@ def parser():
     sub.add_argument("--seed", type=natural, default=0, help="of the degradation (default 0)")
 
     sub = command(demo, "restore a photograph with three degradations in three regions, and draw it")
-    sub.add_argument("-o", "--out", type=path, default="demo.png", help="the picture to write, a .png (default demo.png)")
+    sub.add_argument("-o", "--out", type=png, default="demo.png", help="the picture to write, a .png (default demo.png)")
 
     sub = command(gradcheck, "hold every hand-written gradient against central differences")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
@@ -130,6 +129,9 @@ def number(convert, valid, expected):
     return parse
 
 
+path = number(str, str.strip, "a path")
+png = number(str, lambda name: name.lower().endswith(".png"), "the name of a .png file")
+html = number(str, lambda name: name.lower().endswith(".html"), "the name of an .html file")
 count = number(int, lambda n: n > 0, "a positive integer")
 natural = number(int, lambda n: n >= 0, "an integer of at least 0")
 # The same folder from wherever a run is resumed.
@@ -139,13 +141,6 @@ positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 # ---- the commands: each takes the parsed arguments and returns an exit status ----------------------------------------
 
-def png(path):
-    """The path of a picture to write; InputError unless it can be a .png file."""
-    if Path(path).suffix.lower() != ".png" or Path(path).is_dir():
-        raise InputError(f"{path}: this is a picture, name a .png file")
-    return path
-
-
 def given(args, *names):
     """The options that were typed."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -153,7 +148,7 @@ def given(args, *names):
 
 def mechanism(args):
     from .lab.mechanism import publish
-    publish(args.test, png(args.out))
+    publish(args.test, args.out)
     return 0
 
 
@@ -209,18 +204,17 @@ def convert(args):
 
 def degrade(args):
     from .degradations import degrade
-    from .images import read_image, rgb, write_image
+    from .images import as_rgb, read_pixels, write_image
     from .restoration import refuse_overwriting
     refuse_overwriting([args.photo], args.out)
-    pixels, _ = read_image(args.photo)
-    write_image(args.out, degrade(rgb(pixels), args.names, args.seed))
+    write_image(args.out, degrade(as_rgb(read_pixels(args.photo)), args.names, args.seed))
     print(args.out)
     return 0
 
 
 def demo(args):
     from .lab.demo import publish
-    publish(png(args.out))
+    publish(args.out)
     print(args.out)
     return 0
 

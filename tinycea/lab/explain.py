@@ -23,9 +23,7 @@ SIDE = 512                                    # pixels of the photograph's longe
 
 
 def publish(photo, out, weights=WEIGHTS):
-    """Write the page `out`, an .html, on what a model file makes of a photograph; InputError where there is nothing to show."""
-    if Path(out).suffix.lower() != ".html":
-        raise InputError(f"{out}: this is a page, name an .html file")
+    """Write the page `out` on what a model file makes of a photograph; InputError where there is nothing to show."""
     refuse_overwriting([photo, weights], out)
     model = load_model(weights)
     if not isinstance(model.config.adapter, CEAConfig) or not model.config.adapted():
