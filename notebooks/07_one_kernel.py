@@ -35,18 +35,28 @@ WORK = {
     "5 factors once": lambda N: (4 * N * R * C, 2 * N * C + BLOCKS * 5 * R * C, 2 * N * C + 2 * R * C),
 }
 
-figure, axis = plt.subplots(figsize=(7, 3.6))
-intensity = np.logspace(-1, 3)
-axis.loglog(intensity, np.minimum(PEAK, BANDWIDTH * intensity) / 1e12, "k-", label="roofline of an H100 SXM")
-for (name, work), marker, color in zip(WORK.items(), "osD^v", ("C0", "C1", "C2", "C4", "C5")):
+def times(name, N=512 * 512):
+    """Seconds that an H100 needs at the least, if caches catch all that was asked before, or nothing."""
+    flops, asked, least = WORK[name](N)
+    return [max(flops / PEAK, 4 * numbers / BANDWIDTH) for numbers in (least, asked)]
+
+
+figure, (bars, roof) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2))
+intensity = np.geomspace(0.5, 200, 300)
+roof.loglog(intensity, np.minimum(PEAK, BANDWIDTH * intensity) / 1e12, "k-")
+for place, (name, work) in enumerate(WORK.items()):
+    low, high = times(name)
+    bars.barh(place, 1e6 * (high - low), left=1e6 * low, height=0.5, color="C0")
     flops, asked, least = work(512 * 512)
-    ends = flops / (4 * asked), flops / (4 * least)                             # FLOPs per byte
-    useful = 4 * 512 * 512 * R * C / flops                                      # the rest computes S again and again
-    bound = [useful * min(PEAK, BANDWIDTH * end) / 1e12 for end in ends]
-    axis.plot(ends, bound, marker=marker, color=color, ls="-", ms=5, label=name)
-axis.set(xlabel="FLOPs per byte: left end as asked, right end as must be", ylabel="TFLOP/s of use, at most",
-         title="Fused, all traffic that is left is X in and Y out; memory bounds it")
-axis.legend(fontsize=8)
+    roof.plot(flops / (4 * least), 4e-12 * 512 * 512 * R * C / low, "o", color="C1")
+    if name[0] in "125":
+        roof.annotate("3, 4, 5" if name[0] == "5" else name[0], (flops / (4 * least), 4e-12 * 512 * 512 * R * C / low),
+                      (4, -11), textcoords="offset points")
+bars.axvline(1e6 * times("5 factors once")[0], color="C1", ls="--")
+bars.set(xscale="log", yticks=range(5), yticklabels=WORK, xlabel="μs on an H100, if caches catch all (left end) or nothing (right)",
+         title="In the end nothing moves but X in and Y out")
+bars.invert_yaxis()
+roof.set(xlabel="FLOPs per byte that must move", ylabel="TFLOP/s of use, at most", title="That waits for memory, not for arithmetic")
 plt.show()
 
 # %% [markdown]
@@ -73,7 +83,7 @@ ridge = PEAK / BANDWIDTH
 print(f"the roofs meet at {ridge:.0f} FLOPs per byte; the assembly with R = {R} has at most {R / 2:.0f}")
 for name, work in WORK.items():
     flops, asked, least = work(512 * 512)
-    low, high = (1e6 * max(flops / PEAK, 4 * numbers / BANDWIDTH) for numbers in (least, asked))
+    low, high = (1e6 * seconds for seconds in times(name))
     print(f"{name:24s} {flops / 1e9:4.2f} GFLOP, asked {4e-6 * asked:7.0f} MB, at least {4e-6 * least:4.0f} MB: "
           f"{low:3.0f} to {high:4.0f} μs at best")
 (one, asked_one, _), (five, asked_five, least) = (WORK[name](512 * 512) for name in (list(WORK)[0], list(WORK)[-1]))
@@ -84,8 +94,8 @@ assert ridge == 20 and np.isclose(five / (4 * least), R / 2, rtol=1e-3)
 # *Asked* counts every access of every thread. Caches answer most that were asked before, so the memory moves something between
 # *at least* and *asked*. A cache promises nothing, though; the steps below lower the second number until it meets the first.
 #
-# Kernel 1 stands far right in the picture, at a high intensity, and low: it computes $S$ again for every channel. Intensity
-# is no merit by itself.
+# Kernel 1 stands far right under the roof, at a high intensity, and low: it computes $S$ again for every channel, and only the
+# first time is of use. Intensity is no merit by itself.
 #
 # ## 2. Where it runs, and what is watched
 #
@@ -392,9 +402,9 @@ if device == "the emulator":
         assert "S_tile" in text[line - 1]
 
 # %% [markdown]
-# Order 1 gives the right answer in every number, and the watch is not deceived even there: it names the line that writes, the line that
-# reads, and two threads that met there with no barrier between. That is why the tests of this project run every kernel in the
-# emulator, on every machine that has its wheels, and not only where there is a GPU.
+# Order 1 gives the right answer in every number, and the watch is not deceived even there: it names the line that writes, the
+# line that reads, and two threads that met there with no barrier between. That is why the tests of this project run every kernel
+# in the emulator, on every machine that has its wheels, and not only where there is a GPU.
 #
 # ## Exercises
 #
@@ -451,8 +461,8 @@ def at_least(flops, bytes_):
 
 many, ranks = 512 * 512, np.arange(1, 100)
 bound = {size: next(r for r in ranks if 4 * many * r * C / PEAK >= 2 * size * many * C / BANDWIDTH) for size in (2, 4)}
-times = [[at_least(4 * many * r * C, 8 * many * C), at_least(2 * (many + r) * C * C, 8 * many * C)] for r in ranks]
-faster = next(r for r, (tokens_first, M_first) in zip(ranks, times) if M_first < tokens_first)
+both = [[at_least(4 * many * r * C, 8 * many * C), at_least(2 * (many + r) * C * C, 8 * many * C)] for r in ranks]
+faster = next(r for r, (tokens_first, M_first) in zip(ranks, both) if M_first < tokens_first)
 print(f"bound by arithmetic from R = {bound[2]} (half), {bound[4]} (float32); M first is faster from R = {faster}")
 assert bound == {2: 20, 4: 40} and faster == 41
 
