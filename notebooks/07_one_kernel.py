@@ -53,10 +53,12 @@ for place, (name, work) in enumerate(WORK.items()):
         roof.annotate("3, 4, 5" if name[0] == "5" else name[0], (flops / (4 * least), 4e-12 * 512 * 512 * R * C / low),
                       (4, -11), textcoords="offset points")
 bars.axvline(1e6 * times("5 factors once")[0], color="C1", ls="--")
-bars.set(xscale="log", yticks=range(5), yticklabels=WORK, xlabel="μs on an H100, if caches catch all (left end) or nothing (right)",
-         title="In the end nothing moves but X in and Y out")
+bars.set(xscale="log", xlim=(10, 1e4), yticks=range(5), yticklabels=WORK, title="In the end nothing moves but X in and Y out",
+         xlabel="μs on an H100, if caches catch all (left end) or nothing (right)")
 bars.invert_yaxis()
-roof.set(xlabel="FLOPs per byte that must move", ylabel="TFLOP/s of use, at most", title="That waits for memory, not for arithmetic")
+roof.set(xlabel="FLOPs per byte that must move", ylabel="TFLOP/s of use, at most", title="That waits for memory",
+         yticks=(2, 5, 10, 20, 50), yticklabels=(2, 5, 10, 20, 50))
+roof.minorticks_off()
 plt.show()
 
 # %% [markdown]
