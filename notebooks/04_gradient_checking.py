@@ -20,9 +20,9 @@
 # $dy = \partial L/\partial y$ is the *upstream* gradient of some number $L$ and `dx` is $\partial L/\partial x$. $\epsilon$ is
 # the distance from 1 to the next larger floating-point number: $2^{-52} \approx 2 \cdot 10^{-16}$ in float64,
 # $2^{-23} \approx 10^{-7}$ in float32. $\langle a, b \rangle$ is the sum of all products of entries. `close` means: equal up to
-# rounding in float64. A folded cell that begins with `# Check` holds a text's claim; skip it on the first reading.
+# rounding in float64. Folded cells (click on the three dots) draw pictures, or hold a text's claim; skip them on first reading.
 
-# %%
+# %% jupyter={"source_hidden": true}
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -183,7 +183,7 @@ for dtype in (np.float32, np.float64):
 # %% [markdown]
 # The measurement. Each point is the error over eight directions, as a root mean square relative to that of the exact slopes:
 
-# %%
+# %% jupyter={"source_hidden": true}
 methods = {"forward": forward, "central": central, "complex step": complex_step}
 steps = {np.float32: np.logspace(-6, 0, 25), np.float64: np.logspace(-16, 0, 65)}
 curves = {}
@@ -197,7 +197,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
 for axis, dtype in zip(axes, steps):
     for name, marker in zip(methods, "os^"):
         axis.loglog(steps[dtype], curves[name, dtype], marker=marker, markersize=3, label=name)
-    axis.set(title=f"{dtype.__name__}: {'at best five digits' if dtype == np.float32 else 'ten digits, or all'}",
+    axis.set(title=f"{dtype.__name__}: the best difference has {4 if dtype == np.float32 else 10} digits",
              xlabel="step h (units of x)")
     axis.locator_params(axis="x", numticks=7)
 axes[0].set_ylabel("relative error of the slope")
@@ -548,7 +548,7 @@ def with_bug(bug):
     return lambda dy, cache: bug(*rmsnorm_backward(dy, cache), dy, *cache)
 
 
-# %%
+# %% jupyter={"source_hidden": true}
 print(f"{'bug':26s}{'argument':10s}{'relative error':>14s}{'slope':>8s}   caught by")
 caught = {}
 for name, bug in bugs.items():

@@ -17,9 +17,9 @@
 # 7. An affinity map that looks telling is no finding until it is held against random directions in the same features, and
 #    against the clean photograph.
 #
-# `close` means: equal up to rounding in float64. A folded cell that begins with `# Check` holds a text's claim.
+# `close` means: equal up to rounding in float64. Folded cells (click on the three dots) draw pictures, or hold a text's claim.
 
-# %%
+# %% jupyter={"source_hidden": true}
 import io
 import os
 import tempfile
@@ -108,7 +108,7 @@ for name, formula in degradations.DEGRADATIONS.items():
 #
 # Noise of $\sigma = 25/255$ alone has a PSNR of $-20 \log_{10} \sigma = 20.2$ dB; each factor of 10 in the MSE is 10 dB.
 
-# %%
+# %% jupyter={"source_hidden": true}
 assert np.isclose(psnr(noisy, J), evaluation.psnr(noisy.astype(np.float32), J))
 entries = ("noise25", "rain", "snow", "haze", "blur", "low", "haze+rain")
 figure, axes = plt.subplots(2, 4, figsize=(7, 4.4))
@@ -177,7 +177,7 @@ by_hand = g.flat.copy()
 assert np.isclose(training.gradient(degraded, clean, p, config, cpu, g, recipe.floor), L, rtol=1e-5)
 assert np.linalg.norm(g.flat - by_hand) < 1e-4 * np.linalg.norm(by_hand)   # float32, sums in another order
 
-# %%
+# %% jupyter={"source_hidden": true}
 def part_of(name):
     part, rest = name.split(".", 1)
     if part == "adapters":
@@ -320,7 +320,7 @@ assert close(w, np.where(mask == 1, 1 - lr * 0.1, 1) * p64.flat) and spared == {
 # $$\eta(s) = \eta_{\max} \frac{s}{w} \;\;(s < w), \qquad
 # \eta(s) = \eta_0 + (\eta_{\max} - \eta_0)\, \frac{1 + \cos\!\big(\pi \frac{s - w}{1 - w}\big)}{2} \;\;(s \ge w) .$$
 
-# %%
+# %% jupyter={"source_hidden": true}
 s = np.arange(1, 2401) / 2400                   # the 2400 steps of `tinycea train`, 50 of them warm-up
 warm = 50 / 2400
 eta = np.where(s < warm, recipe.lr * s / warm,
@@ -367,7 +367,7 @@ for step in range(1, steps + 1):
     optim.clip_by_norm(dq.flat, 1.0)
     ops.adamw(q.flat, dq.flat, m, v, step, optim.warmup_cosine(step / steps, 0.1, 4e-3) * rates, 0)
 
-# %%
+# %% jupyter={"source_hidden": true}
 figure, axis = plt.subplots()
 axis.plot(heart, label="the patch it trains on")
 axis.plot(np.arange(0, steps, 5), unseen, label="another patch of the scene")
@@ -475,7 +475,7 @@ assert table["noise25"][2] > table["noise25"][0] + 3 and table["noise25"][1] > t
 # photograph that is degraded differently in different regions ([`affinity_maps`](../tinycea/training.py)), they look like an
 # explanation. Blue is negative, white zero, red positive.
 
-# %%
+# %% jupyter={"source_hidden": true}
 degraded, mask, names, S, kind, stage = training.affinity_maps(shipped, shipped_config, cpu)
 R = S.shape[-1]
 limit = np.quantile(np.abs(S), 0.99)
@@ -587,7 +587,7 @@ for size, averaged in (("one token", lambda maps: maps), ("mean of 9 × 9 tokens
     print(f"{size:20s} affinities {affinities:.3f}, {R} at random {directions:.3f} ({low:.3f} to {high:.3f}), "
           f"all {shipped_config.width} features {everything:.3f}, clean control {control:.3f}")
 
-# %%
+# %% jupyter={"source_hidden": true}
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
 for axis, (size, rows) in zip(axes, scores.items()):
     place = np.arange(1, len(rows) + 1)

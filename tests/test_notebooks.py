@@ -95,9 +95,9 @@ def test_three_exercises_with_folded_solutions(name):
     exercises = [i for i, cell in enumerate(cells)
                  if cell.cell_type == "markdown" and re.search(r"^\*\*\d\.\*\*", cell.source, re.M)]
     folded = [i for i, cell in enumerate(cells) if cell.metadata.get("jupyter", {}).get("source_hidden")]
-    assert all("assert" in cells[i].source and cells[i].source.startswith(("# Solution\n", "# Check:")) for i in folded)
-    folded = [i for i in folded if cells[i].source.startswith("# Solution")]
-    assert len(exercises) == 3 and folded == [i + 1 for i in exercises]
+    assert all("assert" in cells[i].source for i in folded if cells[i].source.startswith(("# Solution\n", "# Check:")))
+    solutions = [i for i in folded if cells[i].source.startswith("# Solution\n")]
+    assert len(exercises) == 3 and solutions == [i + 1 for i in exercises]
 
 
 @pytest.mark.parametrize("path", [*sorted(FOLDER.glob("*.py")), FOLDER / "README.md"], ids=lambda path: path.name)
