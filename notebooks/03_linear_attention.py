@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm.auto import tqdm
 
-from tinycea import ablations, cea
+from tinycea import ablations
 from tinycea.lab import mechanism
 from tinycea.ops import reference as ops
 from tinycea.plots import show

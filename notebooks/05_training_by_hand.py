@@ -34,7 +34,7 @@ import numpy as np
 from IPython.display import Image, display
 from scipy.ndimage import uniform_filter
 
-from tinycea import degradations, evaluation, feed, nafnet, optim, plots, training, zoo
+from tinycea import degradations, evaluation, feed, nafnet, optim, training, zoo
 from tinycea.lab import instruments
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
@@ -473,8 +473,8 @@ assert table["noise25"][2] > table["noise25"][0] + 3 and table["noise25"][1] > t
 # ## 7. Affinity maps over a patchwork
 #
 # The last CEA layer gives each token one affinity $s_{nr}$ to each of $R$ routing bases of this image. Drawn as images over a
-# photograph that is degraded differently in different regions ([`affinity_maps`](../tinycea/lab/instruments.py)), they look like an
-# explanation. Blue is negative, white zero, red positive.
+# photograph that is degraded differently in different regions ([`affinity_maps`](../tinycea/lab/instruments.py)), they look like
+# an explanation. Blue is negative, white zero, red positive.
 
 # %% jupyter={"source_hidden": true}
 degraded, mask, names, S, kind, stage = instruments.affinity_maps(shipped, shipped_config, cpu)
@@ -536,7 +536,8 @@ found = [(*features(image), *features(photo)) for image, photo, _ in patchworks]
 maps = [S_image.reshape(-1, R) for _, S_image, _, _ in found]
 power = [np.linalg.svd(a - a.mean(0), compute_uv=False)**2 for a in maps]
 rarer = np.array([np.minimum(np.mean(a < 0, 0), np.mean(a > 0, 0)) for a in maps])
-print(f"of the {R} maps' variance, {R // 2} combinations of them hold {min(a[:R // 2].sum() / a.sum() for a in power):.1%} or more")
+least = min(a[:R // 2].sum() / a.sum() for a in power)
+print(f"of the {R} maps' variance, {R // 2} combinations of them hold {least:.1%} or more")
 print(f"the rarer sign of a map has {rarer.min():.0%} to {rarer.max():.0%} of its entries")
 
 # %% [markdown]

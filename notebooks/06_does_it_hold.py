@@ -36,7 +36,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"                    # before NumPy: as m
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinycea import ablations, degradations, evaluation, nafnet, plots, training, zoo
+from tinycea import ablations, degradations, evaluation, nafnet, training, zoo
 from tinycea.lab import comparison, instruments
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
@@ -555,8 +555,8 @@ assert comparison.matrix(first[0]).shape == (len(photos), 1)
 #
 # CEA's own argument is that each token takes its mix of residuals by its own affinities $s_{nr}$, so that regions may be treated
 # differently. Do the affinities follow the regions? For the shipped weights and the last CEA layer, over a photograph with three
-# degradations in three regions ([`affinity_maps`](../tinycea/lab/instruments.py)), take for each $r$ the share of the map's variance
-# that lies *between* the regions $k$ (with $N_k$ tokens of mean $\mu_{kr}$):
+# degradations in three regions ([`affinity_maps`](../tinycea/lab/instruments.py)), take for each $r$ the share of the map's
+# variance that lies *between* the regions $k$ (with $N_k$ tokens of mean $\mu_{kr}$):
 #
 # $$\eta_r^2 = \frac{\sum_k N_k\, (\mu_{kr} - \mu_r)^2}{\sum_n (s_{nr} - \mu_r)^2} .$$
 #
