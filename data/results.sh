@@ -30,7 +30,6 @@ publish headline tokens --adapters $rivals cea cea:tokens=X
 publish headline tokens-without-sca --suites aio5 patchwork --adapters cea:sca=false cea:tokens=X,sca=false
 tinycea compare --suites aio5 --adapters $rivals cea cea:tokens=X --steps 1000 4000 16000 --seeds 1 --out runs/headline \
     > data/results/length/aio5-seed0.txt
-cp runs/headline/steps.png data/results/length/aio5-seed0.png
 rivals="wider mlp descriptor experts-image"
 tinycea compare --suites aio5 patchwork --adapters $rivals cea --steps 1000 4000 --seeds 2 --out runs/headline \
     > data/results/length/steps.txt

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_images import read_image
 
 from tinycea import cases, cea, cli, params, restoration, training
 from tinycea.degradations import DEGRADATIONS, SUITES, patchwork
 from tinycea.evaluation import TEST_SEED, psnr, ssim
-from tinycea.images import read_image, write_image
+from tinycea.images import write_image
 from tinycea.nafnet import NAFNetConfig, init
 from tinycea.ops import BACKENDS
 from tinycea.restoration import restore, restore_files

@@ -13,11 +13,17 @@ from PIL import Image
 
 import tinycea
 from tinycea import images
-from tinycea.images import as_rgb, folder, like, list_images, read_image, read_pixels, rgb, write_image
+from tinycea.images import as_rgb, folder, like, list_images, read_pixels, rgb, write_image
 from tinycea.runtime import InputError
 
 COLOR = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
 DEEP = np.random.default_rng(2).integers(0, 65536, (20, 30, 3), np.uint16)
+
+
+def read_image(path):
+    """(pixels in [0,1], the file's dtype)."""
+    pixels = read_pixels(path)
+    return pixels / np.float32(np.iinfo(pixels.dtype).max), pixels.dtype
 
 
 def rng(seed=0):

@@ -172,7 +172,7 @@ def compare(args):
         lines = comparison.compare(recipes, args.out, args.split, args.jobs, args.test)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
-    comparison.publish(recipes, lines, Path(args.out))
+    comparison.publish(lines, Path(args.out))
     return 0
 
 
@@ -215,7 +215,6 @@ def degrade(args):
 def demo(args):
     from .lab.demo import publish
     publish(args.out)
-    print(args.out)
     return 0
 
 

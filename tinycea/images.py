@@ -18,17 +18,8 @@ for name in ("tifffile", "PIL"):              # a broken file is told of once, b
     logging.getLogger(name).addHandler(logging.NullHandler())
 
 
-def read_image(path):
-    """(pixels, dtype): float32 (H,W,C) in [0,1], C = 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA; and the file's uint8 or uint16.
-
-    As `read_pixels`, and so are the errors.
-    """
-    pixels = read_pixels(path)
-    return pixels / np.float32(np.iinfo(pixels.dtype).max), pixels.dtype
-
-
 def read_pixels(path, megapixels=MEGAPIXELS):
-    """The pixels (H,W,C) of an image file as it holds them, uint8 or uint16, C as in `read_image`.
+    """The pixels (H,W,C) of an image file as it holds them, uint8 or uint16: C = 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA.
 
     PNG, JPEG, TIFF and whatever else Pillow reads. The EXIF orientation is obeyed; palettes and CMYK become RGB, one bit
     becomes gray; of several pages the first is read. 16 bits are kept from gray PNG and from TIFF; Pillow reads color PNG at 8.
@@ -83,7 +74,7 @@ def rgb(pixels):
 
 
 def write_image(path, pixels, dtype=np.uint8):
-    """Write (H,W) or (H,W,C), C as in read_image, in [0,1] or integers of all their range, as PNG, JPEG or TIFF by its suffix.
+    """Write (H,W) or (H,W,C), C as in read_pixels, in [0,1] or integers of all their range, as PNG, JPEG or TIFF by its suffix.
 
     uint16 is kept by TIFF and gray PNG, else 8 bits are written; JPEG has quality 95 and no alpha. The file appears whole or
     not at all. Raises InputError for another suffix or dtype, odd or non-finite pixels, a place that cannot be written to.
@@ -124,7 +115,7 @@ def folder(path):
     readable = False
     for file in list_images([path]):
         try:
-            yield file.name, rgb(read_image(file)[0])
+            yield file.name, as_rgb(read_pixels(file))
             readable = True
         except InputError as error:
             print(f"skipping {error}", file=sys.stderr)
@@ -133,7 +124,7 @@ def folder(path):
 
 
 def checked(image):
-    """An array that is an image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), C as in `read_image`; else InputError."""
+    """An array that is an image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), C as in `read_pixels`; else InputError."""
     image = np.asarray(image)
     if image.ndim not in (2, 3) or 0 in image.shape or image.ndim == 3 and image.shape[2] > 4:
         raise InputError(f"image has shape {image.shape}: expected (H,W) or (H,W,C), C from 1 to 4, no side zero")

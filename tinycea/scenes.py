@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import skimage
 
-from .images import folder, list_images, read_image, read_pixels, rgb
+from .images import as_rgb, folder, list_images, read_pixels, rgb
 from .runtime import InputError
 
 # Left out of scikit-image's photographs: the blurred (clock_motion, text), the tiny or grainy (microaneurysms, cell),
@@ -162,7 +162,7 @@ def photographs(split, images=None):
         found = list(folder(images))
         return dict(found[-100:] if split == "test" else found[:100])
     data = Path(skimage.__file__).parent / "data"
-    return {Path(name).stem: rgb(read_image(data / name)[0]) for name in PHOTOGRAPHS[split]}
+    return {Path(name).stem: as_rgb(read_pixels(data / name)) for name in PHOTOGRAPHS[split]}
 
 
 def keys(file):

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from itertools import chain, islice, starmap
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,25 +230,23 @@ def learn(recipe, progress, out, workers, threads):
     ops, log, saved = backend(recipe.backend), progress.logs[0], None
     tests = [*test_set(entries_of(recipe), "validation", "crops", 1), *test_pairs(recipe.pairs, CROP)]
     held_out = [ops.to_device(np.stack(images)) for images in list(zip(*tests))[2:]]
-    with feed(recipe, len(log), workers) as batches:
-        first = list(islice(batches, 1))      # photographs that cannot be read leave no run folder
-        with (interruptible() as interrupted, shared(threads) as share,
-              tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
-            try:
-                for step in train_together([recipe], chain(first, batches), progress, held_out, share):
-                    if not np.isnan(log[-1][4]):
-                        loss = np.mean([row[2] for row in log[-EVERY:]])
-                        bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
-                    bar.update()
-                    if saved is None or time.perf_counter() - saved > SAVE_SECONDS or step == recipe.steps or interrupted():
-                        save_run(out, recipe, progress)
-                        saved = time.perf_counter()
-                    if interrupted() and step < recipe.steps:
-                        raise KeyboardInterrupt
-            except InputError:
-                if log:
+    with (feed(recipe, len(log), workers) as batches, interruptible() as interrupted, shared(threads) as share,
+          tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
+        try:
+            for step in train_together([recipe], batches, progress, held_out, share):
+                if not np.isnan(log[-1][4]):
+                    loss = np.mean([row[2] for row in log[-EVERY:]])
+                    bar.set_postfix_str(f"loss {loss:.2f} dB, held-out PSNR {log[-1][4]:.2f} dB")
+                bar.update()
+                if saved is None or time.perf_counter() - saved > SAVE_SECONDS or step == recipe.steps or interrupted():
                     save_run(out, recipe, progress)
-                raise
+                    saved = time.perf_counter()
+                if interrupted() and step < recipe.steps:
+                    raise KeyboardInterrupt
+        except InputError:
+            if log:
+                save_run(out, recipe, progress)
+            raise
 
 
 def resumable(out, options):

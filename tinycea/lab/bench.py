@@ -271,7 +271,8 @@ def label(kind, size):
 def bench(quick=False):
     """Yield the rows, dicts as `row` makes them; half an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
-    names = ["tinycea"] + ["NCHW", "channels_last"] * installed("torch") + ["JAX"] * installed("jax")
+    rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
+    names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]
     jobs, peaks = QUICK if quick else (JOBS, PEAKS)
     with ExitStack() as stack:
         asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
@@ -284,10 +285,6 @@ def bench(quick=False):
     for kind, size in peaks:
         memory = {(name, 1): [peak(kind, size, name)] for name in names}
         yield from rows(f"peak memory, {label(kind, size)}", memory, 1, "mb")
-
-
-def installed(name):
-    return importlib.util.find_spec(name) is not None
 
 
 def bench_gpu(quick=False):
@@ -305,7 +302,7 @@ def bench_gpu(quick=False):
         rates = [4 * numbers / seconds_of(run, room.synchronize) / 1e9 for _ in range(rounds)]
         yield row(f"{name}, N {N}, C {C}, R {R}", rates, copies, "copy on the device", "gb")
     sides = ["tinycea"]
-    if installed("torch") and importlib.import_module("torch").cuda.is_available():
+    if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
         sides += ["channels_last", "compiled"]
     for kind, size in GPU_JOBS[4:5] if quick else GPU_JOBS:
         with ExitStack() as stack:
@@ -368,9 +365,8 @@ def format_row(r):
     unit = next(key[5:] for key in r if key.startswith("ours_"))
     factor, text = {"s": (1e3, "{:.4g} ms"), "mb": (1, "{:.0f} MB"), "gb": (1, "{:.4g} GB/s")}[unit]
     mine, other = ("" if x is None else text.format(factor * x) for x in (r[f"ours_{unit}"], r[f"theirs_{unit}"]))
-    ratio, spread = (f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["spread"])) if other else ("", "")
-    if len(set(r["spread"] or [0])) == 1:
-        spread = ""
+    ratio = f"{r['ratio']:.2f}" if other else ""
+    spread = "{:.2f}-{:.2f}".format(*r["spread"]) if other and r["spread"][0] < r["spread"][1] else ""
     return f"{r['name']:62s} {mine:>10s} {other:>10s} {ratio:>6s} {spread:>10s}  {r['rival'] if other else ''}".rstrip()
 
 
@@ -385,6 +381,6 @@ def publish(backend_name, quick, as_json):
     print(HEADER)
     for row in rows:
         print(format_row(row), flush=True)
-    versions = ["numpy", *filter(installed, ("torch", "jax"))]
+    versions = ["numpy", *filter(importlib.util.find_spec, ("torch", "jax"))]
     where = machine() if backend_name == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
     print(f"{where}; {', '.join(f'{name} {version(name)}' for name in versions)}; float32; {date.today()}")

@@ -380,30 +380,24 @@ def _difference(row, entry, base="minus_cea"):
 
 # ---- what is printed and drawn ---------------------------------------------------------------------------------------
 
-def publish(recipes, lines, folder):
+def publish(lines, folder):
     """Print the tables of `compare`'s lines, draw the pictures into the folder."""
     for view in lines[0]["psnr"]:
         print(format_rows(rows(lines, view)))
     quality(rows(lines), folder / "cost.png")
-    if len({recipe.steps for recipe in recipes}) > 1:
-        quality(rows(lines), folder / "steps.png", "steps")
     print(f"{machine()}; runs, models and pictures in {folder}")
 
 
-def quality(results, path, against="multiplications"):
-    """PSNR of `rows`, one panel per suite, a bar of one standard deviation over seeds.
-
-    against: "multiplications" per pixel, or training "steps", on a logarithmic axis; the points of one adapter are joined.
-    """
+def quality(results, path):
+    """PSNR of `rows` against multiplications, one panel per suite, a bar of one standard deviation over seeds."""
     suites = list(dict.fromkeys(row["suite"] for row in results if row["steps"]))
     figure = Figure((4.4 * len(suites), 3.8), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
         for i, label in enumerate(dict.fromkeys(row["label"] for row in results if row["suite"] == title and row["steps"])):
-            x, y, sd = zip(*[(row[against], row["psnr"], row["sd"] or 0) for row in results
+            x, y, sd = zip(*[(row["multiplications"], row["psnr"], row["sd"] or 0) for row in results
                              if (row["suite"], row["label"]) == (title, label)])
             axes.errorbar(x, y, sd, fmt="osD^v<>P*X"[i // 10 % 10] + "-", color=f"C{i % 10}", lw=1, capsize=2, label=label)
-        axes.set(title=title, ylabel="PSNR (dB)", **{"multiplications": {"xlabel": "multiplications per pixel"},
-                                                     "steps": {"xlabel": "training steps", "xscale": "log"}}[against])
+        axes.set(title=title, ylabel="PSNR (dB)", xlabel="multiplications per pixel")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)

@@ -17,9 +17,8 @@ def publish(path, names=("noise25", "rain", "snow")):
     figure = Figure((12, 4.9 * clean.shape[0] / clean.shape[1]), layout="constrained")
     for axes, image, title in zip(figure.subplots(1, 3), (degraded, restore(degraded), clean), ("degraded", "restored", "clean")):
         show(axes, image, title)
-        if title == "clean":
-            continue
-        axes.contour(label, np.arange(len(names) - 1) + 0.5, colors="white", linewidths=1.2)
-        for k, name in enumerate(names):
+        for k, name in enumerate(names if image is not clean else ()):
+            axes.contour(label == k, [0.5], colors="white", linewidths=1.2)
             label_region(axes, label == k, f"{name}\n{psnr(image[label == k], clean[label == k]):.1f} dB")
     save(figure, path)
+    print(path)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..images import read_image, rgb, write_image
+from ..images import as_rgb, read_pixels, write_image
 from ..runtime import make_folder
 from ..scenes import halve
 
@@ -36,7 +36,7 @@ def fetch(folder, debs=()):
             unpacked = Path(place) / package
             subprocess.run(["dpkg-deb", "-x", deb, unpacked], check=True)
             for file in sorted(file for pattern in PACKAGES[package] for file in (unpacked / "usr/share").glob(pattern)):
-                pixels = rgb(read_image(file)[0])
+                pixels = as_rgb(read_pixels(file))
                 while max(pixels.shape) > LARGEST:
                     pixels = halve(pixels)
                 name = file.parts[-4] if file.stem[0].isdigit() else file.stem      # Plasma names the folder, not the file
