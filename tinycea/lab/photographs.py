@@ -46,5 +46,4 @@ def fetch(folder, debs=()):
 
 
 if __name__ == "__main__":
-    names = fetch(sys.argv[1], sys.argv[2:])
-    print(f"{len(names)} photographs in {sys.argv[1]}: {', '.join(names)}")
+    print(*fetch(sys.argv[1], sys.argv[2:]), "written", sep="\n")
