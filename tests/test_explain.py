@@ -113,7 +113,7 @@ def tab(browser, made):
     """The page, opened; whatever its console said, or it asked of a network, fails the test at the end."""
     tab, said = browser.new_page(viewport={"width": 1366, "height": 768}, has_touch=True), []
     tab.set_default_timeout(120_000)
-    tab.on("console", lambda message: said.append(message.text))
+    tab.on("console", lambda message: message.type == "error" and said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
     tab.goto(made.out.as_uri())
