@@ -7,4 +7,3 @@ for adapter in cea none; do
     mkdir -p data/train/$adapter
     cp runs/$adapter/{result.json,curve.png} data/train/$adapter/
 done
-cp runs/cea/routing.png data/train/cea/

@@ -269,7 +269,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; half an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
+    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
     rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
     names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]
@@ -277,7 +277,7 @@ def bench(quick=False):
     with ExitStack() as stack:
         asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
         for kind, size in jobs:
-            seconds = race(asks, kind, size, 3 if quick else 21)
+            seconds = race(asks, kind, size, 3 if quick else 9)
             for n in counts:
                 yield from rows(label(kind, size), seconds, n, "s")
             for n in counts[1:]:

@@ -49,7 +49,7 @@ def judged(i, folder, split, weights, classical):
     for row, degrade in ROWS.items():
         image = degrade(photos[i], np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
         clean = gray(photos[i]) if "gray photograph" in row else photos[i]
-        images = {"degraded": image, "restored": restore(image, model)}
+        images = {"degraded": image, "restored": restore(image, model, threads=1)}
         if classical and row in SIGMAS:
             sigma = SIGMAS[row] / 255
             images |= {("non-local means", s): non_local_means(image, s * sigma, sigma) for s in STRENGTHS}
