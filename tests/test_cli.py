@@ -178,7 +178,7 @@ def one_scene(monkeypatch):
     (["restore", "nowhere.png", "-o", "out.png"], "nowhere.png"),
     (["gradcheck", "--backend", "gpu"], "cpu, reference"),
     (["paint"], "train"),
-    (["train", "--images", ""], "path"),
+    (["train", "--images", ""], "folder"),
     (["restore", "", "-o", "out"], "path"),
     ([], "train|compare|restore"),
 ])

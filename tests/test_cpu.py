@@ -293,7 +293,7 @@ def test_calls_within_calls_and_errors(hasty):
         raise ValueError(i)
     with shared(3):
         for _ in range(20):
-            found = side_by_side(lambda i: side_by_side(leaf, [(i, j) for j in range(4)]), [(i,) for i in range(5)])
+            found = side_by_side(lambda i: side_by_side(leaf, [(i, j) for j in range(4)], 1), [(i,) for i in range(5)], 1)
             assert found == [[1000 * i + j for j in range(4)] for i in range(5)]
         with pytest.raises(ValueError):
             side_by_side(wrong, [(i,) for i in range(100)])

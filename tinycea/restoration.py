@@ -43,7 +43,7 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
             tqdm(total=len(rows) * len(columns), desc="restoring", unit="window", delay=2, leave=False, disable=None) as bar:
         for (y, down), (end, _) in zip(rows, [*rows[1:], (height, None)]):
             strip = np.pad(below, ((0, len(down) - len(below)), (0, 0), (0, 0)))
-            for (x, right), part in zip(columns, side_by_side(restored, columns)):
+            for (x, right), part in zip(columns, side_by_side(restored, columns, 1)):
                 strip[:, x:x + len(right)] += part
             result[y:end] = like(np.clip(strip[:end - y], 0, 1), image[y:end])
             below = strip[end - y:]

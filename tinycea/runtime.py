@@ -172,27 +172,31 @@ RANKS = None                                  # an executor whose workers are th
 CALLS = ContextVar("calls", default=starmap)  # how a thread makes the calls of `side_by_side`
 
 
-def side_by_side(function, jobs):
-    """[function(*job) for job in jobs], in any order; within `threaded`, threads that are idle help."""
-    return list(CALLS.get()(function, jobs))
+def side_by_side(function, jobs, least=4):
+    """[function(*job) for job in jobs], in any order; within `shared` its threads help, if there are at least so many.
+
+    Fewer tiles cost a second thread more than they save.
+    """
+    return list((CALLS.get() if len(jobs) >= least else starmap)(function, jobs))
 
 
 @contextmanager
 def shared(threads):
-    """Within, so many threads, this one among them, make the calls of `side_by_side`; also those made within one of its calls.
+    """Within, so many threads, this one among them, make the calls of `side_by_side`; what is called runs its own in place.
 
-    Only idle ones are asked: no more are at work, none waits for one that waits. Yields a function as `side_by_side` by which the
-    other ranks, where there are any, make the calls instead; what is called then changes but its own copy of a job.
+    A single call hands its threads on: a batch's chunks are shared, or the windows of an image, or the tiles of the only window.
+    Yields a function as `side_by_side` by which the other ranks, where there are any, make the calls instead; what is called then
+    changes but its own copy of a job.
     """
     def among_threads(function, jobs):
         def work():
+            if len(jobs) > 1:
+                CALLS.set(starmap)
             return [(i, function(*job)) for i, job in turns]
-        turns, helpers = iter(enumerate(jobs)), []
-        while len(helpers) < len(jobs) - 1 and idle.acquire(blocking=False):
-            helpers.append(executor.submit(copy_context().run, work))
-            helpers[-1].add_done_callback(lambda helper: idle.release())
+        turns = iter(enumerate(jobs))
+        helpers = [executor.submit(copy_context().run, work) for _ in range(min(hands, len(jobs)) - 1)]
         try:
-            done = work()
+            done = copy_context().run(work)
         finally:
             list(turns)                       # after an error, no other begins
         return [result for _, result in sorted(sum((helper.result() for helper in helpers), done), key=itemgetter(0))]
@@ -200,11 +204,10 @@ def shared(threads):
     def among_ranks(function, jobs):
         given = {i: RANKS.submit(function, *job) for i, job in enumerate(jobs) if i % (RANKS.num_workers + 1)}
         return [given[i].result() if i in given else function(*job) for i, job in enumerate(jobs)]
-    idle = threading.Semaphore(0 if RANKS else threads - 1)
-    with ThreadPoolExecutor(threads) as executor:
+    with ThreadPoolExecutor(hands := 1 if RANKS else threads) as executor:
         before = CALLS.set(among_threads)
         try:
-            yield among_ranks if RANKS else side_by_side
+            yield among_ranks if RANKS else among_threads
         finally:
             CALLS.reset(before)
 

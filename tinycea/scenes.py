@@ -141,14 +141,11 @@ def crop(scene, size, rng):
 
 
 def varied(scene, rng):
-    """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray.
-
-    Without its maps: a photograph has none, and shall not be restored as if it were dead leaves.
-    """
+    """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray."""
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
     if rng.random() < 1 / 8:
         image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    return Scene(image)
+    return scene._replace(image=image)
 
 
 def photographs(split, images=None):

@@ -16,14 +16,14 @@ from .runtime import InputError, read_bytes
 
 WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
 # Names for the command line. The rivals match CEA's number of parameters within 5 % in the default network, see lab/comparison.
-ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27),
-            "told": NAFNetConfig(adapter=None, told=15)} | {
+ADAPTERS = {"none": NAFNetConfig(adapter=None), "wider": NAFNetConfig(adapter=None, width=27)} | {
     name: NAFNetConfig(adapter=adapter) for name, adapter in {
         "cea": CEAConfig(), "cea-softmax": CEAConfig(affinity="softmax"), "cea-topk": CEAConfig(affinity="topk"),
         "cea-image": CEAConfig(level="image"), "cea-static-A": CEAConfig(static="A"), "cea-static-U": CEAConfig(static="U"),
         "cea-static": CEAConfig(static="AU", tokens="Xhat"), "mlp": MLPConfig(), "descriptor": DescriptorConfig(),
         "static": CEAConfig(static="AU", rank=76, norm="token", tokens="Xhat"), "prompt": PromptConfig(),
-        "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()}
+        "experts-image": ExpertsConfig(level="image"), "experts-token": ExpertsConfig(level="token")}.items()} | {
+    "told": NAFNetConfig(adapter=None, told=15)}
 
 
 @cache

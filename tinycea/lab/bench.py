@@ -83,7 +83,7 @@ def ours(kind, size, room=cpu, threads=1):
         return y, (cea.cea_backward if config else nafblock_backward)(target, cache, g), g.flat
 
     def both():
-        *outputs, g = zip(*side_by_side(part, chunks))
+        *outputs, g = zip(*side_by_side(part, chunks, 1))
         return *(np.concatenate(o) if len(o) > 1 else o[0] for o in outputs), sum(g)
 
     def step():
@@ -269,7 +269,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, minutes with `quick`. Without rivals: ours alone."""
+    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, minutes if quick. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
     rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
     names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]
