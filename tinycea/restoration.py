@@ -1,5 +1,6 @@
 """Restore images with a trained model: arrays, files and folders, in windows that overlap, on all cores."""
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from .images import MEGAPIXELS, SUFFIXES, as_rgb, checked, like, list_images, re
 from .nafnet import centered
 from .ops import cpu
 from .ops.cpu import keep_memory
-from .runtime import InputError, make_folder, shared, side_by_side
+from .runtime import InputError, make_folder
 from .zoo import WEIGHTS, Model, load_model
 
 WINDOW = 512                                  # pixels a side of a window, at most
@@ -23,8 +24,8 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
 
     image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), gray or color, with or without alpha, any size from 1 x 1 up.
     model: what `load_model` read; None: the weights in the package. window: an image with longer sides is cut into overlapping
-    windows of at most so many pixels a side, blended linearly; 0: it stays whole. threads: how many share the windows, or the
-    tiles of a single one; None: one for each core. Their number changes no byte. InputError for anything else, and for NaN.
+    windows of at most so many pixels a side, blended linearly; 0: it stays whole. threads: how many restore a window each; None:
+    one for each core. Their number changes no byte. InputError for anything else, and for NaN.
     """
     image, model = checked(image), model or shipped()
     if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
@@ -33,18 +34,18 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     rows, columns = windows(height, window), windows(width, window)
     below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
 
-    def restored(x, right):
-        part = restore_rgb(as_rgb(image[y:y + len(down), x:x + len(right)]), *model)
-        part *= down[:, None, None] * right[:, None]
-        bar.update()
-        return part
+    def restored(y, x, down, right):
+        part = image[y:y + len(down), x:x + len(right)]
+        return restore_rgb(as_rgb(part), *model) * (down[:, None, None] * right[:, None])
 
-    with shared(threads or os.cpu_count()), \
+    with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
             tqdm(total=len(rows) * len(columns), desc="restoring", unit="window", delay=2, leave=False, disable=None) as bar:
         for (y, down), (end, _) in zip(rows, [*rows[1:], (height, None)]):
-            strip = np.pad(below, ((0, len(down) - len(below)), (0, 0), (0, 0)))
-            for (x, right), part in zip(columns, side_by_side(restored, columns, 1)):
+            strip = np.zeros((len(down), width, 3), np.float32)
+            strip[:len(below)] = below
+            for (x, right), part in zip(columns, executor.map(lambda column: restored(y, column[0], down, column[1]), columns)):
                 strip[:, x:x + len(right)] += part
+                bar.update()
             result[y:end] = like(np.clip(strip[:end - y], 0, 1), image[y:end])
             below = strip[end - y:]
     return result

@@ -10,11 +10,8 @@ import stat
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar, copy_context
-from itertools import starmap
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing.connection import wait
-from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -169,47 +166,17 @@ def _end_with_parent():
 # ---- other hands: threads, the ranks of MPI --------------------------------------------------------------------------
 
 RANKS = None                                  # an executor whose workers are the other ranks, where this is rank 0 of several
-CALLS = ContextVar("calls", default=starmap)  # how a thread makes the calls of `side_by_side`
-
-
-def side_by_side(function, jobs, least=4):
-    """[function(*job) for job in jobs], in any order; within `shared` its threads help, if there are at least so many.
-
-    Fewer tiles cost a second thread more than they save.
-    """
-    return list((CALLS.get() if len(jobs) >= least else starmap)(function, jobs))
 
 
 @contextmanager
 def shared(threads):
-    """Within, so many threads, this one among them, make the calls of `side_by_side`; what is called runs its own in place.
-
-    A single call hands its threads on: a batch's chunks are shared, or the windows of an image, or the tiles of the only window.
-    Yields a function as `side_by_side` by which the other ranks, where there are any, make the calls instead; what is called then
-    changes but its own copy of a job.
-    """
-    def among_threads(function, jobs):
-        def work():
-            if len(jobs) > 1:
-                CALLS.set(starmap)
-            return [(i, function(*job)) for i, job in turns]
-        turns = iter(enumerate(jobs))
-        helpers = [executor.submit(copy_context().run, work) for _ in range(min(hands, len(jobs)) - 1)]
-        try:
-            done = copy_context().run(work)
-        finally:
-            list(turns)                       # after an error, no other begins
-        return [result for _, result in sorted(sum((helper.result() for helper in helpers), done), key=itemgetter(0))]
-
-    def among_ranks(function, jobs):
-        given = {i: RANKS.submit(function, *job) for i, job in enumerate(jobs) if i % (RANKS.num_workers + 1)}
+    """Within: a function as itertools.starmap, whose calls are shared with the other ranks, or else among so many threads."""
+    def share(function, jobs):
+        given = {i: executor.submit(function, *job) for i, job in enumerate(jobs) if i % hands}
         return [given[i].result() if i in given else function(*job) for i, job in enumerate(jobs)]
-    with ThreadPoolExecutor(hands := 1 if RANKS else threads) as executor:
-        before = CALLS.set(among_threads)
-        try:
-            yield among_ranks if RANKS else among_threads
-        finally:
-            CALLS.reset(before)
+    hands = RANKS.num_workers + 1 if RANKS else threads
+    with nullcontext(RANKS) if RANKS else ThreadPoolExecutor(threads) as executor:
+        yield share
 
 
 @contextmanager

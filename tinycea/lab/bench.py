@@ -20,7 +20,7 @@ from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafbl
 from ..ops import backend, cpu, reference
 from ..optim import clip_by_norm
 from ..params import Params, under
-from ..runtime import InputError, machine, peak_memory, pool, shared, side_by_side
+from ..runtime import InputError, machine, peak_memory, pool, shared
 from ..training import gradient, on_device
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
@@ -83,7 +83,7 @@ def ours(kind, size, room=cpu, threads=1):
         return y, (cea.cea_backward if config else nafblock_backward)(target, cache, g), g.flat
 
     def both():
-        *outputs, g = zip(*side_by_side(part, chunks, 1))
+        *outputs, g = zip(*HERE["share"](part, chunks))
         return *(np.concatenate(o) if len(o) > 1 else o[0] for o in outputs), sum(g)
 
     def step():
@@ -179,14 +179,14 @@ def theirs(kind, size, layout, threads, device="cpu"):
 
 # ---- processes --------------------------------------------------------------------------------------------------------
 
-HERE = {}                                     # of a side's own process: the job that it has prepared
+HERE = {"share": lambda function, jobs: [function(*job) for job in jobs]}       # of a side's own process, and the job it prepared
 
 
 def serve(task, job, side, threads=1, device="cpu"):
     """Do as a side's process is asked: prepare a job, then time it, or tell its memory in MB."""
     room = backend(device) if side == "tinycea" else None
     gpu = device != "cpu" and (room or importlib.import_module("torch").cuda)
-    with shared(threads):
+    with shared(threads) as HERE["share"]:
         if task == "prepare":
             HERE["run"], answers = (ours(*job, room, threads), lambda arrays: [*map(room.to_host, arrays)]) if room else \
                 jaxed(*job, threads) if side == "JAX" else theirs(*job, side, threads, device)
@@ -269,7 +269,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; a quarter of an hour on two cores, minutes if quick. Without rivals: ours alone."""
+    """Yield the rows, dicts as `row` makes them; a quarter of an hour, minutes with `quick`. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
     rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
     names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]

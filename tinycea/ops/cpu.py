@@ -11,7 +11,6 @@ import sys
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ..runtime import side_by_side
 from . import reference
 from .reference import *  # noqa: F403
 
@@ -35,7 +34,6 @@ def keep_memory():
 def _cut(n, size):
     """range(n) in equal slices of about `size` (at least 1), the last one shorter."""
     size = -(-n // max(1, round(n / max(1, size))))
-    size += -size % 64 if size > 640 else 0                                     # so that `_joined` finds 64 rows
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -46,16 +44,16 @@ def _tiles(B, N, width):
     return [(slice(b, b + 1), n) for b in range(B) for n in _cut(N, TILE // width)]
 
 
-def _rowwise(work, width, *arrays):
-    """y (n,width): work(y, ...) fills it, tile after tile of n rows that the arrays have in common; idle threads help."""
-    arrays = np.empty((len(arrays[0]), width), arrays[0].dtype), *arrays
-    side_by_side(work, [[a[n] for a in arrays] for n in _cut(len(arrays[0]), TILE // max(a[0].size for a in arrays))])
-    return arrays[0]
-
-
 def _joined(vector, n):
     """The vector as often as n rows can be joined to long ones: inner loops over up to 64 C numbers instead of C."""
     return np.tile(vector, math.gcd(n, 64))
+
+
+def _scaled(rows, scale, out):
+    """Rows (n,C) times one factor per channel (C,), into out (n,C)."""
+    s = _joined(scale, len(rows))
+    np.multiply(rows.reshape(-1, s.size), s, out=out.reshape(-1, s.size))
+    return out
 
 
 def _biased(y, bias):
@@ -83,12 +81,10 @@ def _gram(a, b):
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
 def linear(x, weight, bias=None):
-    """In tiles; the bias is added in place, in joined rows."""
-    def tile(y, rows):
-        np.matmul(rows, weight, out=y)
-        if bias is not None:
-            _biased(y, bias)
-    y = _rowwise(tile, weight.shape[1], x.reshape(-1, len(weight)))
+    """The bias is added in place, in joined rows."""
+    y = x.reshape(-1, x.shape[-1]) @ weight
+    if bias is not None:
+        _biased(y, bias)
     return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
 
 
@@ -109,41 +105,39 @@ def conv1x1_backward(dy, cache):
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
-def _normalized(x, weight, bias, eps=1e-6):
-    """y = xhat W + b (...,O), xhat (n,C) and rstd (n,1). Means are products with 1/C, a tenth of the time of `mean`."""
-    C, O = weight.shape
-    xhat, rstd = (np.empty((x.size // C, n), x.dtype) for n in (C, 1))
-    mean = np.full((C, 1), 1 / C, x.dtype)
-
-    def tile(y, rows, xhat, rstd):
-        np.subtract(rows, rows @ mean, out=xhat)
-        rstd[:] = 1 / np.sqrt(xhat * xhat @ mean + eps)
-        xhat *= rstd
-        _biased(np.matmul(xhat, weight, out=y), bias)
-    return _rowwise(tile, O, x.reshape(-1, C), xhat, rstd).reshape(*x.shape[:-1], O), xhat, rstd
-
-
-def _normalized_backward(dy, weight, xhat, rstd):
-    """dx (n,C) from dy (n,O): the mean of g = dL/dxhat is taken off the small matrix, and never computed."""
-    g = dy @ (weight - weight.mean(0)).T
-    mean = np.full((g.shape[1], 1), 1 / g.shape[1], g.dtype)
-    for s in _cut(len(g), TILE // g.shape[1]):
-        product = g[s] * xhat[s]
-        g[s] -= np.multiply(xhat[s], product @ mean, out=product)
-        g[s] *= rstd[s]
-    return g
+def _normalize(rows, xhat, rstd, eps=1e-6):
+    """Fill xhat (n,C) and rstd (n,1) of rows (n,C); means are products with 1/C, a tenth of the time of `mean`."""
+    mean = np.full((rows.shape[1], 1), 1 / rows.shape[1], rows.dtype)
+    np.subtract(rows, rows @ mean, out=xhat)
+    rstd[:] = 1 / np.sqrt(xhat * xhat @ mean + eps)
+    xhat *= rstd
 
 
 def layernorm(x, weight, bias, eps=1e-6):
-    """As `norm_conv1x1` with a diagonal matrix."""
-    y, *rest = _normalized(x, np.diag(weight), bias, eps)
-    return y, (*rest, weight)
+    """In tiles, with `_normalize`'s means; scale and bias in joined rows."""
+    C = x.shape[-1]
+    rows = x.reshape(-1, C)
+    y, xhat, rstd = (np.empty((len(rows), n), x.dtype) for n in (C, C, 1))
+    for s in _cut(len(rows), TILE // C):
+        _normalize(rows[s], xhat[s], rstd[s], eps)
+        _biased(_scaled(xhat[s], weight, y[s]), bias)
+    return y.reshape(x.shape), (xhat, rstd, weight)
 
 
 def layernorm_backward(dy, cache):
+    """In tiles; mean(dy w) and mean(dy w xhat) are products with w/C."""
     xhat, rstd, weight = cache
-    rows = dy.reshape(xhat.shape)
-    return _normalized_backward(rows, np.diag(weight), xhat, rstd).reshape(dy.shape), _sum(rows * xhat), _sum(rows)
+    C = weight.size
+    rows, dx, dweight, dbias = dy.reshape(-1, C), np.empty_like(xhat), 0, 0
+    share = (weight / C)[:, None]
+    for s in _cut(len(rows), TILE // C):
+        product = rows[s] * xhat[s]
+        dweight, dbias = dweight + _sum(product), dbias + _sum(rows[s])
+        _scaled(rows[s], weight, dx[s])
+        dx[s] -= np.multiply(xhat[s], product @ share, out=product)
+        dx[s] -= rows[s] @ share
+        dx[s] *= rstd[s]
+    return dx.reshape(dy.shape), dweight, dbias
 
 
 def groupnorm(x, weight, bias, eps=1e-6):
@@ -176,18 +170,28 @@ def groupnorm_backward(dy, cache):
 
 def norm_conv1x1(x, norm_weight, norm_bias, weight, bias):
     """(xhat w + b) W + c = xhat (w W) + (b W + c): scale and bias go into the small matrix. 7 % of a training step."""
-    W = weight[:, :, 0, 0].T
-    y, xhat, rstd = _normalized(x, wW := norm_weight[:, None] * W, norm_bias @ W + bias)
-    return y, (xhat, rstd, norm_weight, norm_bias, W, wW)
+    C = x.shape[-1]
+    rows, W = x.reshape(-1, C), weight[:, :, 0, 0].T
+    xhat, rstd = np.empty((len(rows), C), x.dtype), np.empty((len(rows), 1), x.dtype)
+    for s in _cut(len(rows), TILE // C):
+        _normalize(rows[s], xhat[s], rstd[s])
+    y, _ = linear(xhat, norm_weight[:, None] * W, norm_bias @ W + bias)
+    return y.reshape(*x.shape[:-1], -1), (xhat, rstd, norm_weight, norm_bias, W)
 
 
 def norm_conv1x1_backward(dy, cache):
-    """All parameters' gradients come from G = xhat^T dy and the sum of dy."""
-    xhat, rstd, w, b, W, wW = cache
-    rows = dy.reshape(len(xhat), -1)
+    """All parameters' gradients come from G = xhat^T dy and the sum of dy; the mean of g = dL/dxhat is taken off its matrix."""
+    xhat, rstd, w, b, W = cache
+    rows, C = dy.reshape(len(xhat), -1), len(w)
     G, dbias = _gram(xhat[None], rows[None])[0], _sum(rows)
-    dx, dW = _normalized_backward(rows, wW, xhat, rstd), w[:, None] * G + np.outer(b, dbias)
-    return dx.reshape(*dy.shape[:-1], -1), (G * W).sum(1), W @ dbias, dW.T[:, :, None, None], dbias
+    wW, mean = w[:, None] * W, np.full((C, 1), 1 / C, dy.dtype)
+    g = rows @ (wW - wW.mean(0)).T
+    for s in _cut(len(rows), TILE // C):
+        product = g[s] * xhat[s]
+        g[s] -= np.multiply(xhat[s], product @ mean, out=product)
+        g[s] *= rstd[s]
+    dW = w[:, None] * G + np.outer(b, dbias)
+    return g.reshape(*dy.shape[:-1], C), (G * W).sum(1), W @ dbias, dW.T[:, :, None, None], dbias
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -214,13 +218,11 @@ def conv3x3(x, weight, bias):
     B, H, W, C = x.shape
     y = np.empty((B, H, W, len(weight)), x.dtype)
     matrices = weight.transpose(2, 3, 1, 0).reshape(3, 3 * C, -1)
-
-    def tile(b, h):
+    for b, h in _tiles(B, H, 3 * W * C):
         top, middle, bottom = (rows @ matrix for rows, matrix in zip(_triples(x, b, h), matrices))
         top += middle
         top += bottom
         np.add(top.reshape(y[b, h].shape), bias, out=y[b, h])
-    side_by_side(tile, _tiles(B, H, 3 * W * C))
     return y, (x, weight)
 
 
@@ -253,11 +255,9 @@ def depthwise3x3(x, weight, bias):
     B, H, W, C = x.shape
     y = np.empty((B, H, W * C), x.dtype)
     taps, bias = _taps(weight, W), np.tile(bias, W)
-
-    def tile(b, h):
+    for b, h in _tiles(B, H, W * C):
         np.einsum("bhijk,ijk->bhk", _shifted(x, b, h), taps, out=y[b, h])
         y[b, h] += bias
-    side_by_side(tile, _tiles(B, H, W * C))
     return y.reshape(x.shape), (x, weight)
 
 
@@ -279,10 +279,8 @@ def depthwise3x3_backward(dy, cache):
 
 def simple_gate(x):
     """einsum has the cheaper inner loop for rows this short: two thirds of the time."""
-    C = x.shape[-1] // 2
-    halves = x.reshape(-1, 2, C)
-    y = _rowwise(lambda y, ab: np.einsum("nc,nc->nc", ab[:, 0], ab[:, 1], out=y), C, halves)
-    return y.reshape(*x.shape[:-1], C), (halves,)
+    halves = x.reshape(-1, 2, x.shape[-1] // 2)
+    return np.einsum("nc,nc->nc", halves[:, 0], halves[:, 1]).reshape(*x.shape[:-1], -1), (halves,)
 
 
 def simple_gate_backward(dy, cache):
@@ -317,17 +315,18 @@ def summarize(xhat, W_K, W_V, Q, heads):
     q = Q.reshape(R, heads, D // heads).swapaxes(0, 1)                          # (h,R,D/h)
     w_K, w_V = (W.reshape(C, heads, D // heads).swapaxes(0, 1) for W in (W_K, W_V))       # (h,C,D/h)
     queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)       # (hR,C): what each head of a query looks for
-    E, tiles = np.empty((B, N, heads * R), xhat.dtype), _tiles(B, N, max(C, heads * R))
-    if max(side_by_side(lambda b, n: abs(np.matmul(xhat[b, n], queries.T, out=E[b, n])).max(), tiles)) > 60:
-        E -= E.max(1, keepdims=True)                                            # else exp neither overflows nor vanishes
-
-    def tile(b, n):
-        e = np.exp(E[b, n], out=E[b, n])
-        return b, np.ones((1, e.shape[1]), e.dtype) @ e, _gram(e, xhat[b, n])
+    E = xhat @ queries.T                                                           # (B,N,hR)
+    k = math.gcd(N, 64)
+    top = E.reshape(B, N // k, -1).max(1).reshape(B, k, -1).max(1)              # (B,hR)
+    shift = np.abs(top).max() > 30                                              # else exp neither overflows nor vanishes
     total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
-    for b, ones_e, e_xhat in side_by_side(tile, tiles):
-        total[b] += ones_e
-        means[b] += e_xhat
+    for b, n in _tiles(B, N, heads * R):
+        e = E[b, n]
+        if shift:
+            e -= top[b][:, None]
+        np.exp(e, out=e)
+        total[b] += np.ones((1, e.shape[1]), e.dtype) @ e
+        means[b] += _gram(e, xhat[b, n])
     share = 1 / total.swapaxes(1, 2)                                            # P^T = E^T share
     means *= share                                                              # P xhat
     z = means.reshape(B, heads, R, C) @ w_V                                     # (B,h,R,D/h)
