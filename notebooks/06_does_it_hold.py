@@ -531,7 +531,7 @@ def trained(recipes):
         (Path(folder) / "models").mkdir()
         while comparison.train_slice(recipes, Path(folder)) < recipes[0].steps:        # five seconds of it
             pass
-        return [comparison.test_model(recipe, Path(folder), "test") for recipe in recipes]
+        return [comparison.test_model(recipe, Path(folder), comparison.Split("test", None)) for recipe in recipes]
 
 
 first = trained(recipes)
