@@ -119,8 +119,7 @@ def test_docstrings_point_back():
 @pytest.mark.slow
 @pytest.mark.parametrize("right, wrong", [
     ("dZ = dZ + accumulate(", "dZ = dZ - accumulate("), ("dXhat = accumulate(", "dXhat = -accumulate("),
-    ("dX + dX_S + accumulate(", "dX + dX_S - accumulate("), ("dX + dX_S +", "dX - dX_S +"),
-    ("linear_backward(dU, c_U)", "linear_backward(-dU, c_U)")])
+    ("dX + dX_S +", "dX - dX_S +")])
 def test_a_sign_broken_in_cea_is_seen_by_notebook_2(right, wrong, tmp_path):
     shutil.copytree(ROOT / "tinycea", tmp_path / "tinycea", ignore=shutil.ignore_patterns("__pycache__"))
     source = (tmp_path / "tinycea" / "cea.py").read_text("utf-8")

@@ -112,7 +112,7 @@ def cases(ops, seed=0):
         yield label, 1e-5, *module(lambda x, p, c=config, f=forward: f(x, p, c, ops), backward,
                                    n(2, 5, 9, 3), parameters(nafnet.shapes(config)))
     told, label = replace(small, adapter=None, told=2), ops.to_device(n(2, 5, 9, 2))
-    yield "nafnet (told)", 1e-5, *module(lambda x, p: nafnet.nafnet(np.concatenate((x, label), -1), p, told, ops),
+    yield "nafnet (told)", 1e-5, *module(lambda x, p: nafnet.nafnet(np.concatenate((x, label.astype(x.dtype)), -1), p, told, ops),
                                          nafnet.nafnet_backward, n(2, 5, 9, 3), parameters(nafnet.shapes(told)))
 
 
