@@ -50,6 +50,8 @@ def read_pth(data):
     """The object in a PyTorch file's bytes: dictionaries whose leaves are Tensors, and a function that makes their arrays."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     files = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if "data.pkl" not in files:
+        raise InputError("there is no data.pkl in it")
     if any(info.compress_type != zipfile.ZIP_STORED for info in files.values()) or files["data.pkl"].file_size > PICKLE:
         raise InputError("its parts are compressed, or its list of arrays is too long")
     order = ">" if "byteorder" in files and archive.read(files["byteorder"]) == b"big" else "<"

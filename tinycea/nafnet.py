@@ -32,7 +32,7 @@ class NAFNetConfig:
     local: SCA averages over windows of 1.5 times so many pixels instead of the whole image (test-time local converter, TLC, of
     Chu et al. 2021; forward only): those of the training patches. 0: the whole image.
     told: channels of a label behind an image's colors, from which every stage gets a scale and a shift per channel and pixel: a
-    network that is told what others must recognize, see `degradations.told`.
+    network that is told what others must recognize, see `told` in lab/comparison.
     """
     width: int = 24
     encoders: tuple = (1,)

@@ -337,9 +337,9 @@ def rows(lines, view=None):
                                         for entry, d in [("all", ahead.mean(-1)), *zip(entries, np.moveaxis(ahead, -1, 0))]}
         results.append(row)
     for row in results:
-        told = [row["suite"], row["steps"], "told" + ":sca=false" * ("sca=false" in row["adapter"])]
+        ceiling = [row["suite"], row["steps"], "told" + ":sca=false" * ("sca=false" in row["adapter"])]
         above = [other["minus_none"]["all"] for other in results if "minus_none" in other
-                 and [other["suite"], other["steps"], other["adapter"]] == told]
+                 and [other["suite"], other["steps"], other["adapter"]] == ceiling]
         row["ceiling"] = above[0][0] if above and above[0][1] > 0 else None     # a gain that may be zero is no ceiling
     return results
 

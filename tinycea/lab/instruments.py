@@ -52,7 +52,7 @@ def regions(axes, mask, names):
         label_region(axes, label == k, name)
 
 
-def told(S, a):
+def recognized(S, a):
     """How often least squares on the affinities S (B,N,R) finds the largest amount of a (B,N,K): fitted to every other token.
 
     "each": fitted anew in each image; "all": once for all of them, which asks that A means the same in every image.
@@ -69,7 +69,7 @@ def told(S, a):
 def line(name, layers, a, restore):
     """One row: restore(ops, level) -> mean PSNR in dB."""
     base, mean_rank = restore(cpu, "token"), np.mean([rank(layer["S"] @ layer["U"]) for layer in layers])
-    print(f"{name:44s} {mean_rank:6.2f} {told(layers[-1]['S'], a)} {base:9.2f} "
+    print(f"{name:44s} {mean_rank:6.2f} {recognized(layers[-1]['S'], a)} {base:9.2f} "
           f"{restore(cpu, 'image') - base:+9.2f} {restore(OTHERS, 'token') - base:+9.2f}")
 
 

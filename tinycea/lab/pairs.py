@@ -3,7 +3,6 @@ import csv
 
 import numpy as np
 from skimage.color import rgb2ycbcr
-from skimage.restoration import denoise_nl_means
 from tqdm import tqdm
 
 from ..evaluation import psnr, ssim
@@ -20,17 +19,18 @@ def judged(image, clean, luma):
     return psnr(image, clean), ssim(image, clean)
 
 
-def non_local_means(image):
-    """Told no noise: sigma is estimated from the mean of |second differences| (Immerkaer 1996)."""
+def blind_non_local_means(image):
+    """Non-local means, told no noise: sigma is estimated from the mean of |second differences| (Immerkaer 1996)."""
+    from .comparison import non_local_means                   # and Matplotlib, which is loaded for this row alone
     sigma = np.sqrt(np.pi / 2) / 6 * np.abs(np.diff(np.diff(image, 2, 0), 2, 1)).mean()
-    return denoise_nl_means(image, 5, 6, 0.8 * sigma, sigma=sigma, channel_axis=-1)
+    return non_local_means(image, 0.8 * sigma, sigma)
 
 
 def publish(degraded, clean, weights=None, luma=False, classical=False, table=None):
     """Print the means and, in a .csv, all pairs; InputError at the end names what has no partner, another size or no pixels."""
     pairs, alone = matched(degraded, clean)
     model, failed = weights and load_model(weights), [f"{file}: has no partner" for file in alone]
-    restorers = {"degraded": lambda image: image} | ({"non-local means": non_local_means} if classical else {}) | (
+    restorers = {"degraded": lambda image: image} | ({"non-local means": blind_non_local_means} if classical else {}) | (
         {"restored": lambda image: restore(image, model)} if model else {})
     rows = []
     for file, partner in tqdm(pairs, desc="pairs", disable=None):
