@@ -21,7 +21,7 @@ def judged(image, clean, luma):
 
 def blind_non_local_means(image):
     """Non-local means, told no noise: sigma is estimated from the mean of |second differences| (Immerkaer 1996)."""
-    from .comparison import non_local_means                   # and Matplotlib, which is loaded for this row alone
+    from .comparison import non_local_means  # and Matplotlib, which is loaded for this row alone
     sigma = np.sqrt(np.pi / 2) / 6 * np.abs(np.diff(np.diff(image, 2, 0), 2, 1)).mean()
     return non_local_means(image, 0.8 * sigma, sigma)
 
