@@ -169,6 +169,17 @@ def test_what_is_too_large_is_refused_before_it_takes_memory(tmp_path):
         read_pixels(tmp_path / "small.png", 1e-4)
 
 
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    blank = tmp_path / "blank.png"
+    Image.new("1", (4000, 4000)).save(blank)                   # a page of a fax: as dense as an honest file can be
+    assert read_pixels(blank).shape == (4000, 4000, 1)
+    tifffile.imwrite(tmp_path / "liar.tif", COLOR[..., 0])
+    with tifffile.TiffFile(tmp_path / "liar.tif", mode="r+b") as file:
+        file.pages[0].tags["ImageLength"].overwrite(4_000_000)
+    with pytest.raises(InputError, match=r"30 x 4000000 pixels in \d+ bytes; a file that small cannot hold them"):
+        read_pixels(tmp_path / "liar.tif")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have a name")
 def test_what_has_no_end_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")

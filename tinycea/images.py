@@ -13,6 +13,7 @@ import tifffile
 from .runtime import InputError, atomic, read_bytes
 
 MEGAPIXELS = 128                              # of a file that is read without being told to
+DENSEST = 10_000                              # pixels a byte of a file can hold: a blank page of one bit, deflated, has 8,256
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 for name in ("tifffile", "PIL"):              # a broken file is told of once, by our InputError
     logging.getLogger(name).addHandler(logging.NullHandler())
@@ -23,8 +24,9 @@ def read_pixels(path, megapixels=MEGAPIXELS):
 
     PNG, JPEG, TIFF and whatever else Pillow reads. The EXIF orientation is obeyed; palettes and CMYK become RGB, one bit
     becomes gray; of several pages the first is read. 16 bits are kept from gray PNG and from TIFF; Pillow reads color PNG at 8.
-    Raises InputError for a missing, damaged or foreign file, for more megapixels than so many, before they take any memory,
-    for pixels of 32 bits or floats, and for what would be misread: a volume, or 16 bits of anything but gray and RGB.
+    Raises InputError for a missing, damaged or foreign file, for more megapixels than so many or than the file can hold,
+    before they take any memory, for pixels of 32 bits or floats, and for what would be misread: a volume, or 16 bits of
+    anything but gray and RGB.
     """
     data, limit = read_bytes(path), PIL.Image.MAX_IMAGE_PIXELS
     try:
@@ -47,7 +49,7 @@ def _decode(data, megapixels):
     if data[:2] in (b"II", b"MM"):
         page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
         if page.dtype == np.uint16 and (page.samplesperpixel > 1 or page.photometric != 1):
-            _check_size(page.imagelength, page.imagewidth, megapixels)
+            _check_size(page.imagelength, page.imagewidth, megapixels, len(data))
             if page.photometric not in (0, 1, 2) or page.imagedepth > 1:
                 raise InputError("a TIFF of 16 bits that is neither gray nor RGB, or a volume")
             pixels = page.asarray() if page.planarconfig == 1 else np.moveaxis(page.asarray(), 0, -1)   # else plane after plane
@@ -56,16 +58,18 @@ def _decode(data, megapixels):
             pixels = pixels.swapaxes(0, 1) if turn > 4 else pixels
             return pixels[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1]
     with iio.imopen(data, "r", plugin="pillow") as file:
-        _check_size(*file.properties(index=0).shape[:2], megapixels)
+        _check_size(*file.properties(index=0).shape[:2], megapixels, len(data))
         meta = file.metadata(index=0)
         palette = "RGBA" if "transparency" in meta else "RGB"
         mode = {"1": "L", "P": palette, "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB"}.get(meta["mode"])
         return file.read(index=0, rotate=True, mode=mode)
 
 
-def _check_size(height, width, megapixels):
+def _check_size(height, width, megapixels, size):
     if height * width > megapixels * 1e6:
         raise InputError(f"{width} x {height} pixels; at most {megapixels} megapixels are read")
+    if height * width > DENSEST * size:
+        raise InputError(f"{width} x {height} pixels in {size} bytes; a file that small cannot hold them")
 
 
 def rgb(pixels):
