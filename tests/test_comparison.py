@@ -115,19 +115,16 @@ def test_rows_without_a_network_are_told_the_best_strength():
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "-m", "tinycea", *COMMAND, "--steps", "60", "--jobs", "1", "--split", "validation",
-               "--out", str(tmp_path)]
+def test_ctrl_c_saves_and_says_so(tmp_path):
+    """That the same command then ends with the same bytes is for tests/hostile/kills.py to see."""
+    command = [sys.executable, "-m", "tinycea", *COMMAND, "--steps", "2000", "--split", "validation", "--out", str(tmp_path)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(12)
+    while running.poll() is None and not list(tmp_path.glob("models/*.state.safetensors")):
+        time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
-    assert list((tmp_path / "models").iterdir())                           # the state of a cell, or finished models
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "wider" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(list(line["psnr"]) == list(compare.VIEWS) for line in lines)
+    assert list(tmp_path.glob("models/*.state.safetensors")) and not (tmp_path / "runs.jsonl").read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [
