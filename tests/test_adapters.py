@@ -429,3 +429,6 @@ def test_other_shapes_of_features_are_refused(config, shape):
     p = {name: np.ones(s) for name, s in family(config).shapes(8, config).items()}
     with pytest.raises(InputError, match=r"x has shape .* expected \(B,H,W,8\)"):
         family(config).forward(np.ones(shape), p, config)
+    for other in (1, [1], None):
+        with pytest.raises(InputError, match="x has shape None"):
+            family(config).forward(other, p, config)

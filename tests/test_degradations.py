@@ -82,11 +82,19 @@ def test_bad_arguments_are_refused(function):
     for image in BAD_IMAGES:
         with pytest.raises(InputError, match="image"):
             function(image, rng())
-    for strength in (-1, np.nan, np.inf, "1", None):
+    for strength in (-1, 11, 1e300, np.nan, np.inf, "1", None):
         with pytest.raises(InputError, match="strength"):
             function(gray(0.5), rng(), strength)
     with pytest.raises(InputError, match="rng"):
         function(gray(0.5), 7)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_any_float_and_every_strength_in_range(entry):
+    half = Scene(gray(0.5).astype(np.float16))
+    assert apply(half, entry, rng(), 10).dtype == np.float32 and np.isfinite(apply(half, entry, rng(), 10)).all()
+    with pytest.raises(InputError, match="strength"):
+        apply(half, entry, rng(), 1e300)
 
 
 def test_maps_that_do_not_fit_are_refused():

@@ -86,8 +86,8 @@ def descriptor_shapes(C, config):
 
 
 def descriptor(x, p, config, ops=cpu):
-    C = x.shape[-1]
     Xhat, c_norm = _normalized(x, p, config, ops)
+    C = x.shape[-1]
     d, c_pool = ops.global_average_pool(Xhat)
     u, c_1 = ops.linear(d, p["W_1"], p["b_1"])
     e, c_gate = ops.simple_gate(u)

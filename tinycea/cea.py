@@ -70,6 +70,6 @@ def cea_backward(dy, cache, g):
 
 def tokens(x, p):
     """Features (B,H,W,C) as tokens (B,N,C), a view; InputError for another shape than the layer's."""
-    if x.ndim != 4 or 0 in x.shape or p["norm.weight"].shape != x.shape[-1:]:
-        raise InputError(f"x has shape {x.shape}: expected (B,H,W,{p['norm.weight'].size}), no side zero")
+    if getattr(x, "ndim", 0) != 4 or 0 in x.shape or p["norm.weight"].shape != x.shape[-1:]:
+        raise InputError(f"x has shape {getattr(x, 'shape', None)}: expected (B,H,W,{p['norm.weight'].size}), no side zero")
     return x.reshape(len(x), -1, x.shape[-1])

@@ -1,10 +1,10 @@
 """Toy degradations, each a formula with its own randomness, and the suites a restorer is trained and tested on.
 
 Every degradation is f(image, rng, strength=1.0) with the image (H,W,3) float32 in [0,1], and returns the same; it changes
-nothing it is given. Strength 0 is the identity, 1 is nominal, more is stronger. With the same rng, strength changes how
-strong the very same rain (snow, blur, ...) is. Each raises InputError if the image is not such an image, strength is
-negative or not finite, or rng no numpy.random.Generator. The ranges drawn from are our choice unless a source is given,
-tuned to the PSNRs of CDD-11's degraded images (lab/calibration.py).
+nothing it is given. Strength 0 is the identity, 1 is nominal, more, up to 10, is stronger. With the same rng, strength changes
+how strong the very same rain (snow, blur, ...) is. Each raises InputError if the image is not such an image, strength is not
+such a number, or rng no numpy.random.Generator. The ranges drawn from are our choice unless a source is given, tuned to the
+PSNRs of CDD-11's degraded images (lab/calibration.py).
 """
 from functools import lru_cache, wraps
 
@@ -24,15 +24,18 @@ def degradation(formula):
         _check("image", image, 3)
         if not isinstance(rng, np.random.Generator):
             raise InputError(f"rng is a {type(rng).__name__}; expected a numpy.random.Generator")
-        if not isinstance(strength, (int, float, np.number)) or not 0 <= strength < np.inf:
-            raise InputError(f"strength is {strength!r}; expected a finite number of at least 0")
+        _check_strength(strength)
         for name in ("depth", "illumination"):
             if options.get(name) is not None:
                 _check(name, options[name], 2, image.shape[:2])
-        if strength == 0:
-            return image.astype(np.float32)
-        return np.clip(formula(image, rng, strength, **options), 0, 1).astype(np.float32)
+        image = image.astype(np.float32)
+        return image if strength == 0 else np.clip(formula(image, rng, strength, **options), 0, 1).astype(np.float32)
     return checked
+
+
+def _check_strength(strength):
+    if not isinstance(strength, (int, float, np.number)) or not 0 <= strength <= 10:
+        raise InputError(f"strength is {strength!r}; expected a number from 0 to 10")
 
 
 def _check(name, values, ndim, shape=None):
@@ -257,6 +260,7 @@ def stains(scene, rng, overlapping=False, strength=1.0):
     the size of each field of unit variance. They grow with the image. The photograph is faded, so that little is cut off.
     strength 0 is J; others lie on the line from J through I. Our choice.
     """
+    _check_strength(strength)
     shape = scene.image.shape[:2]
     fields = np.stack([ndimage.gaussian_filter(rng.standard_normal(shape), min(shape) / 12, mode="wrap") for _ in range(3)], -1)
     amounts = abs(fields) / (2 * fields.std()) if overlapping else fields.argmax(-1)[..., None] == np.arange(3)
