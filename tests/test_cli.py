@@ -318,4 +318,7 @@ def test_bad_weights(capsys, tmp_path, photo):
     other = tmp_path / "other.safetensors"
     save_model(other, p, replace(load_model(WEIGHTS).config, width=20))
     assert "shape" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", other)
+    p.flat[:] *= 1e30                                                            # no warning, and no black picture
+    save_model(other, p, load_model(WEIGHTS).config)
+    assert "not finite" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", other)
     assert not (tmp_path / "out.png").exists()
