@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 5. Training by hand: data, one step, the optimizer, a run, and what the maps show
+# # 5. Training by hand: data, one step, the optimizer, a run
 #
 # **Question.** What is training, without autograd and without a framework?
 #
 # **You need** the idea of a gradient ([notebook 4](04_gradient_checking.ipynb)) and of a convolution; CEA itself
-# ([notebook 2](02_hyper_adapter.ipynb)) only in sections 2 and 7. **Minutes:** 25.
+# ([notebook 2](02_hyper_adapter.ipynb)) only in section 2. **Minutes:** 20.
 #
 # **The answer**: a loop of ten lines over one array of numbers. The picture below is what it ends with, given time.
 #
@@ -14,13 +14,10 @@
 # 4. A network that cannot learn one patch by heart has a bug; this one can, and is no restorer for that.
 # 5. Ten lines are all of training: the library's `train` ends with the same bits.
 # 6. A table, degradation by degradation, says what 200 steps do, and what the shipped weights do.
-# 7. An affinity map that looks telling is no finding until it is held against random directions in the same features, and
-#    against the clean photograph.
 #
 # `close` means: equal up to rounding in float64. Folded cells (click on the three dots) draw pictures, or hold a text's claim.
 
 # %% jupyter={"source_hidden": true}
-import io
 import os
 import tempfile
 from functools import partial
@@ -31,11 +28,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
-from scipy.ndimage import uniform_filter
+from IPython.display import display
+from workbench import jpeg, row
 
 from tinycea import degradations, evaluation, feed, nafnet, optim, training, zoo
-from tinycea.lab import instruments
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
 from tinycea.restoration import restore_rgb
@@ -43,14 +39,6 @@ from tinycea.scenes import Scene, dead_leaves, photographs
 
 rng = np.random.default_rng(0)
 close = partial(np.allclose, rtol=1e-10, atol=1e-12)
-
-
-def show_photographs(figure):
-    """As JPEG: noise fills a PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="jpeg", pil_kwargs={"quality": 90})
-    plt.close(figure)
-    display(Image(file.getvalue()))
 
 
 def psnr(image, clean):
@@ -61,12 +49,9 @@ def psnr(image, clean):
 shipped, shipped_config = zoo.load_model(zoo.WEIGHTS)
 photo = photographs("test")["chelsea"][60:200, 90:230]
 noisy = degradations.noise(photo, np.random.default_rng(0))
-figure, axes = plt.subplots(1, 3, figsize=(6.4, 2.7))
-for axis, image, title in zip(axes, (noisy, restore_rgb(noisy, shipped, shipped_config), photo), ("noisy", "restored", "clean")):
-    axis.imshow(image)
-    axis.set(title=title, xlabel="the reference" if image is photo else f"{psnr(image, photo):.1f} dB", xticks=[], yticks=[])
-figure.suptitle("What the loop ends with: the weights in the package, on a photograph they never saw", fontsize=10)
-show_photographs(figure)
+images = noisy, restore_rgb(noisy, shipped, shipped_config), photo
+row("What the loop ends with: the weights in the package, on a photograph they never saw", images,
+    ("noisy", "restored", "clean"), [f"{psnr(image, photo):.1f} dB" for image in images[:2]] + ["the reference"], 6.4)
 
 # %% [markdown]
 # ## 1. Dead leaves, and what is done to them
@@ -107,7 +92,7 @@ for name, formula in degradations.DEGRADATIONS.items():
 #
 # $$\mathrm{PSNR} = -10 \log_{10} \mathrm{MSE}, \qquad \mathrm{MSE} = \frac1n \sum_i (I_i - J_i)^2 .$$
 #
-# Noise of $\sigma = 25/255$ alone has a PSNR of $-20 \log_{10} \sigma = 20.2$ dB; each factor of 10 in the MSE is 10 dB.
+# Each factor of 10 in the MSE is 10 dB; noise alone, before the cut, has $-20 \log_{10} \sigma$.
 
 # %% jupyter={"source_hidden": true}
 assert np.isclose(psnr(noisy, J), evaluation.psnr(noisy.astype(np.float32), J))
@@ -120,7 +105,7 @@ for axis, entry in zip(axes.flat, ("clean", *entries)):
     below = "the reference" if entry == "clean" else f"{psnr(image, J):.1f} dB"
     axis.set(title=entry, xlabel=below, xticks=[], yticks=[])
 figure.suptitle("One drawn scene under seven formulas", fontsize=10)
-show_photographs(figure)
+jpeg(figure)
 
 # %% [markdown]
 # ## 2. One training step through the flat buffer
@@ -146,9 +131,9 @@ assert all(np.shares_memory(value, p.flat) for value in p.values())
 assert sum(value.size for value in p.values()) == p.flat.size and not np.shares_memory(p.flat, g.flat)
 
 # %% [markdown]
-# **The loss** is minus the PSNR, averaged over the $B$ images $\hat y_b$ of a batch, $n$ values each. A floor $\epsilon =
-# 3 \cdot 10^{-4}$ under the MSE says that beyond 35 dB there is little to win: else the clean patches, whose MSE can go to zero,
-# would be all that counts. Its gradient follows from $\partial \log_{10} x / \partial x = 1/(x \ln 10)$:
+# **The loss** is minus the PSNR, averaged over the $B$ images $\hat y_b$ of a batch, $n$ values each. A floor $\epsilon = 3 \cdot
+# 10^{-4}$ under the MSE says that beyond 35 dB there is little to win: else the clean patches, whose MSE can go to zero, would be
+# all that counts. Its gradient follows from $\partial \log_{10} x / \partial x = 1/(x \ln 10)$:
 #
 # $$L = \frac1B \sum_b 10 \log_{10}\!\big(\mathrm{MSE}_b + \epsilon\big), \qquad
 # \frac{\partial L}{\partial \hat y_b} = \frac{20}{B\, n \ln 10} \cdot \frac{\hat y_b - y_b}{\mathrm{MSE}_b + \epsilon} .$$
@@ -334,15 +319,14 @@ axis.set(xlabel="step", ylabel="learning rate", title=f"50 steps up to {recipe.l
 plt.show()
 
 # %% [markdown]
-# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of learned factors, among them
-# $W_V$ twice, and soon too large.
+# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of learned factors, among them $W_V$ twice, and
+# soon too large.
 #
 # ## 4. Overfitting one patch
 #
-# Before a long run, a short one that must succeed: give the network a single pair of 48 × 48 pixels again and again. It has more
-# than ten parameters for each of the 6912 values, so it can learn them by heart. If the PSNR stalls, something is broken: a
-# gradient, the optimizer, or the shape of the network. The second curve is another noisy patch of the same scene, which it never
-# trains on.
+# Before a long run, a short one that must succeed: give the network a single pair of 48 × 48 pixels again and again. It has many
+# more parameters than the patch has values, so it can learn them by heart. If the PSNR stalls, something is broken: a gradient,
+# the optimizer, or the shape of the network. The second curve is another noisy patch of the same scene, which it never trains on.
 
 # %%
 def rates_of(p):
@@ -374,7 +358,7 @@ axis.plot(heart, label="the patch it trains on")
 axis.plot(np.arange(0, steps, 5), unseen, label="another patch of the scene")
 axis.axhline(psnr(*one), color="0.4", ls=":", label="the noisy input")
 axis.set(xlabel="step", ylabel="PSNR (dB)",
-         title="74 thousand parameters learn one patch by heart, and little for the next")
+         title=f"{q.flat.size} parameters learn one patch of {one[1].size} values by heart, and little for the next")
 axis.legend(loc="lower right", bbox_to_anchor=(1, 0.14))
 plt.show()
 print(f"trained patch: {psnr(*one):.1f} dB noisy, {heart[-1]:.1f} dB in the end; "
@@ -437,9 +421,8 @@ print(evaluation.format_table(result["rows"]))
 # %% [markdown]
 # ## 6. Restoring a photograph
 #
-# The table above is about three photographs that no run ever trained on. Here is one of them, with noise, restored by our 200
-# steps and by the weights in the package, a larger network taught for hours. A detail is shown; the PSNR is of the whole
-# photograph.
+# The table above is about photographs that no run ever trained on. Here is one of them, with noise, restored by our 200 steps and
+# by the weights in the package, a larger network taught for hours. A detail is shown; the PSNR is of the whole photograph.
 
 # %%
 photo = photographs("test")["chelsea"]
@@ -451,13 +434,9 @@ for entry in suite:
     if entry == "noise25":
         shown = images
 
-figure, axes = plt.subplots(1, 4, figsize=(8, 2.5))
-below = [f"{value:.1f} dB" for value in table["noise25"]] + ["the reference"]
-for axis, image, title, text in zip(axes, shown, ("degraded", "200 steps", "shipped weights", "clean"), below):
-    axis.imshow(image[60:200, 90:230])
-    axis.set(title=title, xlabel=text, xticks=[], yticks=[])
-figure.suptitle("200 steps take a little of the noise; the long training takes it, and the finest fur with it", fontsize=10)
-show_photographs(figure)
+row("The 200 steps take a little of the noise; the long training takes it, and the finest fur with it",
+    [image[60:200, 90:230] for image in shown], ("degraded", "200 steps", "shipped weights", "clean"),
+    [f"{value:.1f} dB" for value in table["noise25"]] + ["the reference"])
 
 # %%
 print(f"{'PSNR in dB':12s} {'degraded':>10s} {'200 steps':>10s} {'shipped':>10s}")
@@ -468,162 +447,6 @@ assert table["noise25"][2] > table["noise25"][0] + 3 and table["noise25"][1] > t
 # %% [markdown]
 # Read the table row by row. Where the last column is no higher than the first, these weights leave the photograph as it is: a
 # network that is also taught on clean, dark and misty photographs learns when to do nothing.
-
-# %% [markdown]
-# ## 7. Affinity maps over a patchwork
-#
-# The last CEA layer gives each token one affinity $s_{nr}$ to each of $R$ routing bases of this image. Drawn as images over a
-# photograph that is degraded differently in different regions ([`affinity_maps`](../tinycea/lab/instruments.py)), they look like
-# an explanation. Blue is negative, white zero, red positive.
-
-# %% jupyter={"source_hidden": true}
-degraded, mask, names, S, kind, stage = instruments.affinity_maps(shipped, shipped_config, cpu)
-R = S.shape[-1]
-limit = np.quantile(np.abs(S), 0.99)
-pixels = round(len(degraded) / len(S))                      # a token is so many pixels wide
-figure, axes = plt.subplots(2, 1 + -(-R // 2), figsize=(9, 3.1))
-axes[0, 0].imshow(degraded)
-axes[0, 0].set(title="degraded", xticks=[], yticks=[])
-instruments.regions(axes[1, 0], mask, names)
-for r, axis in zip(range(R), axes[:, 1:].flat):
-    axis.imshow(S[..., r], vmin=-limit, vmax=limit, cmap="RdBu_r")
-    axis.set(title=f"r = {r + 1}", xlabel=f"{np.mean(S[..., r] < 0):.0%} negative", xticks=[], yticks=[])
-figure.colorbar(axes[0, 1].images[0], ax=axes[:, 1:], label="affinity s", shrink=0.8)
-figure.suptitle("Affinity maps look like an explanation", fontsize=10)
-show_photographs(figure)
-
-# %% [markdown]
-# **The sign of a map means nothing.** Negate $W_A$ and $W_U$: then $A$ and $U$ change their signs, $S$ does, and the product does
-# not:
-#
-# $$X (-A)^\top (-U) = X A^\top U .$$
-#
-# So "blue" and "red" could be exchanged in all maps of a layer at once. More generally $A \to G A$, $U \to G^{-\top} U$ leaves
-# the layer's output as it is, for any invertible $G$ of $R \times R$ numbers ([notebook 3](03_linear_attention.ipynb)): the maps
-# are one basis of a space, and only what is true of the whole space is a finding.
-
-# %%
-flipped = shipped.copy()
-for name, value in flipped.items():
-    if name.endswith(("W_A", "W_U")):
-        value *= -1
-S_flipped = instruments.affinity_maps(flipped, shipped_config, cpu)[3]
-assert np.allclose(S_flipped, -S, atol=1e-5)
-outputs = [restore_rgb(degraded, weights, shipped_config) for weights in (shipped, flipped)]
-assert np.allclose(*outputs, atol=1e-5)
-
-# %% [markdown]
-# **Do they know the regions?** Six patchworks (three photographs, two drawings of the regions), the features $X$ and affinities
-# of the last layer for each.
-
-# %%
-def features(image):
-    """Tokens (h,w,C) and affinities (h,w,R) of the last CEA layer."""
-    _, cache = nafnet.centered(image[None], shipped, shipped_config, cpu)
-    layer = nafnet.anatomies(cache)[stage]
-    h, w = (n // pixels for n in image.shape[:2])
-    return [layer[name].reshape(h, w, -1).astype(np.float64) for name in ("tokens", "S")]
-
-
-patchworks, m = [], shipped_config.multiple()
-for photo in photographs("test").values():
-    h, w = (n // m * m for n in photo.shape[:2])            # whole tokens at all resolutions
-    photo = photo[:h, :w]
-    for seed in (0, 1):
-        image, mask, _ = degradations.patchwork(Scene(photo), np.random.default_rng(seed), names)
-        patchworks.append((image, photo, mask.argmax(-1)[::pixels, ::pixels]))
-found = [(*features(image), *features(photo)) for image, photo, _ in patchworks]
-maps = [S_image.reshape(-1, R) for _, S_image, _, _ in found]
-power = [np.linalg.svd(a - a.mean(0), compute_uv=False)**2 for a in maps]
-rarer = np.array([np.minimum(np.mean(a < 0, 0), np.mean(a > 0, 0)) for a in maps])
-least = min(a[:R // 2].sum() / a.sum() for a in power)
-print(f"of the {R} maps' variance, {R // 2} combinations of them hold {least:.1%} or more")
-print(f"the rarer sign of a map has {rarer.min():.0%} to {rarer.max():.0%} of its entries")
-
-# %% [markdown]
-# Fit a linear classifier by least squares (one column per region, 1 inside and 0 outside), in half of the image, and test it in
-# the other half. The halves are blocks of 24 × 24 tokens like a chessboard, and windows never reach across a border, so no
-# neighbor leaks. It reads either one token, or the mean of 9 × 9. Since averaging is linear,
-#
-# $$\overline S = \frac{\overline{X} A^\top}{\sqrt C} ,$$
-#
-# the affinities are a view of $C$ features from $R$ directions. So they compete with $R$ random directions, with all of $X$, and
-# with a control: the same affinities computed from the *clean* photograph, where no degradation is to be seen and a classifier
-# can only know what is usually where. Guessing gives 1/3.
-
-# %%
-def window(maps):
-    return uniform_filter(maps, (9, 9, 1))
-
-
-tokens, S_image = found[0][:2]
-_, cache = nafnet.centered(patchworks[0][0][None], shipped, shipped_config, cpu)
-A = nafnet.anatomies(cache)[stage]["A"][0]
-assert np.allclose(window(S_image), window(tokens) @ A.T / np.sqrt(tokens.shape[-1]), atol=1e-5)
-
-
-def accuracy(maps, label, block=24, reach=4):
-    """Share of the test blocks' tokens whose region a linear classifier, fitted in the other blocks, names."""
-    y, x = np.mgrid[reach:len(label) - reach:3, reach:label.shape[1] - reach:3]
-    inner = [(i % block >= reach) & (i % block < block - reach) for i in (y, x)]
-    X, region = np.concatenate((maps[y, x], np.ones((*y.shape, 1))), -1), label[y, x]
-    fit, test = (inner[0] & inner[1] & ((y // block + x // block) % 2 == half) for half in (0, 1))
-    W = np.linalg.lstsq(X[fit], np.eye(len(names))[region[fit]], rcond=None)[0]
-    return np.mean((X[test] @ W).argmax(1) == region[test])
-
-
-_, _, label = patchworks[0]
-G = rng.normal(size=(R, R))                     # other maps, the same space: no difference to a linear fit
-assert abs(accuracy(S_image @ G, label) - accuracy(S_image, label)) < 0.005
-
-scores = {}
-for size, averaged in (("one token", lambda maps: maps), ("mean of 9 × 9 tokens", window)):
-    rows = []
-    for (_, _, label), (tokens, S_image, _, S_clean) in zip(patchworks, found):
-        X = averaged(tokens)
-        chance = [accuracy(X @ rng.normal(size=(X.shape[-1], R)), label) for _ in range(20)]
-        rows.append((accuracy(averaged(S_image), label), np.mean(chance), accuracy(X, label),
-                     accuracy(averaged(S_clean), label), min(chance), max(chance)))
-    scores[size] = np.array(rows)
-    affinities, directions, everything, control, low, high = scores[size].mean(0)
-    print(f"{size:20s} affinities {affinities:.3f}, {R} at random {directions:.3f} ({low:.3f} to {high:.3f}), "
-          f"all {shipped_config.width} features {everything:.3f}, clean control {control:.3f}")
-
-# %% jupyter={"source_hidden": true}
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-for axis, (size, rows) in zip(axes, scores.items()):
-    place = np.arange(1, len(rows) + 1)
-    axis.errorbar(place, rows[:, 1], (rows[:, 1] - rows[:, 4], rows[:, 5] - rows[:, 1]), fmt="s", mfc="white",
-                  ms=4, label=f"{R} random directions\n(mean and range of 20)")
-    for column, shift, marker, label in ((0, -0.25, "o", f"the {R} affinities"),
-                                         (2, 0.25, "^", f"all {shipped_config.width} features"),
-                                         (3, 0, "x", "affinities of\nthe clean photo")):
-        axis.plot(place + shift, rows[:, column], ls="", marker=marker, ms=5, label=label)
-    axis.axhline(1 / 3, color="0.4", ls=":", label="guessing")
-    axis.set(title=size, xlabel="patchwork", xticks=place, ylim=(0.25, 1.02))
-axes[0].set_ylabel("share of tokens told right")
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-figure.suptitle("A map is telling only as far as it exceeds the white squares and the crosses", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# **How to read this.** Affinities above the crosses: the degradation is in them, not only the place. (The crosses lie above 1/3,
-# since a region may hold most of the table or the fur. Without this control all of it would seem to be the degradation's.)
-# Affinities above the range of the random directions: the layer chose its directions to tell degradations apart. Within the
-# range: the *features* know the degradation, and a map of almost any direction in them would look telling.
-
-# %%
-for size, rows in scores.items():
-    affinities, directions, _, control, low, high = rows.mean(0)
-    chosen = "above" if affinities > high else "below" if affinities < low else "within"
-    print(f"{size}: affinities {affinities:.0%}, clean control {control:.0%}; they are {chosen} the range of random directions")
-
-# %% [markdown]
-# Nor is a component an expert for rain: for $A$ and $U$ that are free, a change of basis mixes components and leaves the update
-# as it is. The layer's $A$ and $U$ share $Z$, which fixes their basis, but nothing in the training asks for one that means
-# something. And a map says where an affinity is large, not what the image would lose without it; for that one has to take the
-# affinities away and measure ([notebook 6](06_does_it_hold.ipynb), section 7). These are six patchworks of three degradations,
-# one set of weights and its last layer: enough to distrust a pretty map, too little for a law.
 
 # %% [markdown]
 # ## Exercises
@@ -687,9 +510,10 @@ print("share of each image in the log of the mean:", (mse / mse.sum()).round(2))
 # %% [markdown]
 # ## What to read next
 #
-# - [Notebook 6](06_does_it_hold.ipynb): how to compare two such runs, and how far to believe it.
+# - [Notebook 6](06_what_the_maps_say.ipynb): what the CEA layers of a trained network do;
+#   [notebook 7](07_how_far_to_believe_a_table.ipynb): how to compare two such runs, and how far to believe it.
 # - The loop as the library has it: [`training.py`](../tinycea/training.py); the optimizer's equations:
 #   [`optim.py`](../tinycea/optim.py).
-# - I. Loshchilov, F. Hutter (2019), "Decoupled weight decay regularization",
-#   [arXiv 1711.05101](https://arxiv.org/abs/1711.05101): AdamW.
+# - I. Loshchilov, F. Hutter (2019), "Decoupled weight decay regularization", [arXiv
+#   1711.05101](https://arxiv.org/abs/1711.05101): AdamW.
 # - L. Chen et al. (2022), "Simple baselines for image restoration", [arXiv 2204.04676](https://arxiv.org/abs/2204.04676): NAFNet.

@@ -1,5 +1,6 @@
-"""What notebook 00 needs beside its blanks: a check that says in one sentence what is wrong, and the drawings."""
+"""What notebooks share: 00's check, which says in one sentence what is wrong; drawings; the results of the comparison."""
 import io
+from collections import Counter, defaultdict
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -8,6 +9,7 @@ from IPython.display import Image, display
 
 from tinycea import check_gradients
 from tinycea.adapters import family
+from tinycea.lab import comparison
 from tinycea.lab.mechanism import CEA, MODELS, TASKS, color, pictures, psnr, teach
 from tinycea.plots import show
 
@@ -162,11 +164,16 @@ FILL = {"learned": "#ffd49a", "written": "#b5d8f7", "tokens": "#f4f4f4", "yours"
 
 
 def row(title, images, titles, below=None, width=9, **settings):
-    """Images side by side; as JPEG, for noise fills a PNG."""
+    """Images side by side."""
     figure, axes = plt.subplots(1, len(images), figsize=(width, width / len(images) + 0.75))
     for axis, *shown in zip(axes, images, titles, below or [""] * len(images)):
         show(axis, *shown, **settings)
     figure.suptitle(title)
+    jpeg(figure)
+
+
+def jpeg(figure):
+    """Show a figure of photographs as JPEG, for noise fills a PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="jpeg", pil_kwargs={"quality": 90})
     plt.close(figure)
@@ -261,3 +268,29 @@ def projected():
     axes.legend(loc="lower right")
     axes.grid(False)
     plt.show()
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------------------
+
+RIVALS = [adapter for adapter in comparison.HEADLINE if adapter not in ("cea", "none", "told")]
+
+
+def contest(folder="../data/results/headline"):
+    """The lines that count, the seeds of each suite, and T: view -> suite -> adapter -> PSNR in dB (seeds, photographs, entries).
+
+    What counts: runs of the commonest number of steps, and the seeds that CEA and all RIVALS have finished, at least two of them.
+    """
+    lines = comparison.finished(folder)
+    steps = Counter(line["recipe"].get("steps") for line in lines).most_common(1)[0][0]
+    runs = defaultdict(lambda: defaultdict(dict))               # suite -> adapter -> seed -> line
+    for line in lines:
+        recipe = line["recipe"]
+        if recipe.get("steps") in (steps, None):
+            runs[recipe["suite"]][recipe["adapter"]][recipe.get("seed")] = line
+    whole = {suite: sorted(set.intersection(*(set(found[a]) for a in (*RIVALS, "cea")))) for suite, found in sorted(runs.items())}
+    seeds = {suite: common for suite, common in whole.items() if len(common) > 1}
+    T = {view: {suite: {a: np.array([comparison.matrix(runs[suite][a][seed], view) for seed in seeds[suite]])
+                        for a in (*RIVALS, "cea")} for suite in seeds} for view in lines[0]["psnr"]}
+    kept = [line for suite in seeds for found in runs[suite].values() for seed, line in found.items()
+            if seed in (None, *seeds[suite])]
+    return kept, seeds, T

@@ -2,7 +2,7 @@
 
 Every finished run is one line of runs.jsonl and a model beside it, so a grid can be stopped, resumed and enlarged; tables are
 made of the lines alone. The work is cut into short tasks without memory: a slice of a training, or one test. How to read the
-intervals: notebooks/06_does_it_hold.
+intervals: notebooks/07_how_far_to_believe_a_table; what they say: notebooks/08_does_it_hold.
 """
 import json
 import math

@@ -2,7 +2,8 @@
 
     python -m tinycea.lab.instruments TEST MODEL [MODEL ...]
 
-TEST is the 200 test images of BSDS500 (the last hundred by name are used), MODEL a network taught on `stains`.
+TEST is the 200 test images of BSDS500 (the last hundred by name are used), MODEL a network taught on `stains`. What
+affinity maps say where it is not known: notebooks/06_what_the_maps_say.
 """
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .. import ablations
-from ..degradations import patchwork, stains
+from ..degradations import stains
 from ..evaluation import TEST_SEED, psnr
 from ..nafnet import anatomies, centered
 from ..ops import cpu
@@ -32,16 +33,6 @@ def rank(added):
     energy = np.maximum(np.linalg.eigvalsh(added.swapaxes(1, 2) @ added), 0) + 1e-30
     share = energy / energy.sum(1, keepdims=True)
     return np.exp(-(share * np.log(share)).sum(1)).mean()
-
-
-def affinity_maps(p, config, ops, names=("noise25", "rain", "blur")):
-    """A held-out photograph, one degradation per region -> degraded, mask, names, S (h,w,R), its kind and stage, the last one."""
-    degraded, mask, names = patchwork(Scene(photographs("test")["coffee"]), np.random.default_rng(TEST_SEED), names)
-    _, cache = centered(ops.to_device(degraded[None]), p, config, ops)
-    stage, anatomy = list(anatomies(cache).items())[-1]
-    m, pixels = config.multiple(), config.unshuffle * config.stages()[stage][0] // config.width       # a token is pixels x pixels
-    h, w = (-(-n // m) * m // pixels for n in degraded.shape[:2])
-    return degraded, mask, names, ops.to_host(anatomy["S"]).reshape(h, w, -1), config.adapter.affinity, stage
 
 
 def regions(axes, mask, names):

@@ -3,7 +3,7 @@
 What is not overridden here is reference's own code, which NumPy hands to CuPy. Sums over tokens are fused with what reads the
 tokens: raw kernels, one file each under kernels/, with its equation, grid and bytes in its head. Plain matrix products are
 cuBLAS's. Every sum has two stages in a fixed order, so the same seed gives the same bytes. From one thread per number to the
-fused kernel: notebooks/07_one_kernel.
+fused kernel: notebooks/09_one_kernel.
 """
 import math
 from functools import cache, partial

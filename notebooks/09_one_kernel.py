@@ -1,11 +1,11 @@
 # %% [markdown]
-# # 7. One kernel: the assembly on a GPU, from one thread per number to the fused kernel
+# # 9. One kernel: the assembly on a GPU, from one thread per number to the fused kernel
 #
 # **Question.** The assembly, $S = X A^\top / \sqrt C$ and $Y = X + S U / \sqrt R$, is two small matrix products. How does one
 # write it in CUDA, and what makes one version faster than another?
 #
 # **You need** the two equations ([notebook 1](01_token_assembly.ipynb)) and some C. No GPU: where there is none, an *emulator*
-# runs the same CUDA source on the CPU and checks it more strictly than a GPU would. **Minutes:** 25.
+# runs the same CUDA source on the CPU and checks it more strictly than a GPU would. **Minutes:** 20.
 #
 # **The answer**, in the picture below: count what a kernel computes and what it moves. Step by step the same $Y$ takes a
 # sixteenth of the arithmetic and a 250th of the traffic, until nothing moves but what must. What is left waits for the memory.
