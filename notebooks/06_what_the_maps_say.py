@@ -91,12 +91,12 @@ for r, axis in enumerate(axes[:, 1:-2].flat):
     show(axis, S[..., r], f"r = {r + 1}", cmap="PuOr", vmin=-limit, vmax=limit)
 figure.colorbar(axes[0, 1].images[0], ax=axes[:, 1:-2], label="affinity s", shrink=0.8)
 for axis, name in zip(axes[:, -2:].flat, variants):
-    show(axis, restored[name], name.removeprefix("affinities "), f"{dB[name]:.1f} dB")
-show(axes[1, -1], clean, "clean", "the reference")
+    show(axis, restored[name][150:230, 120:240], name.removeprefix("affinities "), f"{dB[name]:.1f} dB")
+show(axes[1, -1], clean[150:230, 120:240], "clean", "a detail")
 for axis in axes.flat:
     axis.grid(False)
-figure.suptitle("Maps look like an explanation. Averaged over the image, they are worth "
-                f"{dB['as trained'] - dB['affinities averaged']:.1f} dB here", fontsize=10)
+figure.suptitle("Maps look like an explanation; what this photograph loses if each is averaged is another matter: "
+                f"{dB['as trained'] - dB['affinities averaged']:.1f} dB", fontsize=10)
 jpeg(figure)
 
 # %% [markdown]
@@ -150,9 +150,9 @@ assert close(eta, 1 - within.reshape(-1, R).var(0) / S.reshape(-1, R).var(0))
 figure, axis = plt.subplots(figsize=(7, 2.2))
 axis.bar(np.arange(1, R + 1) - 0.2, eta, 0.4, label="degraded in regions")
 axis.bar(np.arange(1, R + 1) + 0.2, control, 0.4, color="0.7", label="the clean photograph")
-axis.set(xlabel="r", ylabel="variance between regions", xticks=range(1, R + 1),
+axis.set(xlabel="r", ylabel="variance between regions", xticks=range(1, R + 1), ylim=(0, 1.3 * max(*eta, *control)),
          title="Only what a blue bar has above its gray one can be the degradation")
-axis.legend()
+axis.legend(loc="upper right", ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -46,8 +46,8 @@ for group, style, text in ((~missed, "oC0", "holds the truth"), (missed, "DC1", 
     mean, low, high = found[group].T
     axis.errorbar(np.flatnonzero(group), mean, (mean - low, high - mean), fmt=style[0], color=style[1:], ms=3, label=text)
 axis.axhline(0, color="0.3", lw=1, ls="-")
-axis.set(xlabel="world", ylabel="difference (dB)", xticks=[],
-         title=f"Of {worlds} intervals that say 95 %, {missed.sum()} miss the truth, which is 0: {missed.mean():.0%}, not 5 %")
+axis.set(xlabel="world", ylabel="difference (dB)", xticks=[], ylim=(-4.5, 3),
+         title=f"Of {worlds} intervals that say 95 %, {missed.sum()} miss the truth, 0: {100 * missed.mean():.0f} %, not 5 %")
 axis.legend(loc="lower right", ncols=2)
 plt.show()
 
