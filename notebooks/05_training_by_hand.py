@@ -50,7 +50,7 @@ shipped, shipped_config = zoo.load_model(zoo.WEIGHTS)
 photo = photographs("test")["chelsea"][60:200, 90:230]
 noisy = degradations.noise(photo, np.random.default_rng(0))
 images = noisy, restore_rgb(noisy, shipped, shipped_config), photo
-row("What the loop ends with: the weights in the package, on a photograph they never saw", images,
+row("What the loop ends with, on a photograph that it never saw", images,
     ("noisy", "restored", "clean"), [f"{psnr(image, photo):.1f} dB" for image in images[:2]] + ["the reference"], 6.4)
 
 # %% [markdown]

@@ -7,7 +7,7 @@
 # **You need** CEA ([notebook 2](02_hyper_adapter.ipynb)), variance, least squares. **Minutes:** 15.
 #
 # **The answer**, in the picture below: what maps show is one thing, what the photograph loses without them another. Both can be
-# measured, and only the second says what the network uses.
+# measured, and only the second says what the network uses. (Right: a detail; the PSNR is of the whole.)
 #
 # 1. The layer's output does not depend on the sign of the maps, nor on their basis.
 # 2. A map that follows the regions is no finding until it is held against the clean photograph, and against random directions in
