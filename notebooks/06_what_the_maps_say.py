@@ -141,12 +141,6 @@ label, S_clean = region(mask), look(clean)[1]
 eta, control = between(S, label), between(S_clean, label)
 
 # %% jupyter={"source_hidden": true}
-# Check: the mask itself has all of its variance between the regions, and what lies within them is the rest.
-one_hot = np.eye(len(NAMES))[label]
-assert close(between(one_hot, label), 1)
-within = S - sum(one_hot[..., k:k + 1] * S[label == k].mean(0) for k in range(len(NAMES)))
-assert close(eta, 1 - within.reshape(-1, R).var(0) / S.reshape(-1, R).var(0))
-
 figure, axis = plt.subplots(figsize=(7, 2.2))
 axis.bar(np.arange(1, R + 1) - 0.2, eta, 0.4, label="degraded in regions")
 axis.bar(np.arange(1, R + 1) + 0.2, control, 0.4, color="0.7", label="the clean photograph")
