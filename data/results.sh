@@ -40,3 +40,9 @@ publish ablation tokens --split validation --suites aio5 patchwork --adapters wi
 publish ablation table --split validation --suites aio5 patchwork --seeds 2 --adapters cea none cea-image cea-softmax cea-topk \
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0
+
+# The layer as it is, with its ceiling; the first argument is a folder of the 200 test images of BSDS500.
+[ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
+adapters="none told mlp descriptor cea" now="--test $1 --images runs/photographs"
+publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 $now
+publish told longer --suites aio5 --adapters $adapters --seeds 1 --steps 4000 $now
