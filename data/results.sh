@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes data/results: the comparison that data/README.md quotes, the choices before it and the questions after it. Hours on two
-# cores; what runs/ already holds is not trained again, so it may be stopped and started at will.
+# cores; what runs/ already holds is not trained again, so it may be stopped and started at will. The argument is a folder of the
+# 200 test images of BSDS500. All but data/results/told was run when `cea` was what cea:norm=token,tokens=Xhat is now.
 #
 # Not made here: questions.txt and ranks.txt, of the layer's first form (tinycea/lab of commit 8a64336).
 # Nor data/results/beyond. Its runs know switches that were given up. The patches that added them are deleted; git
@@ -10,6 +11,7 @@
 # and windows-ranks.txt from: python data/ranks.py runs/windows
 set -euo pipefail
 cd "$(dirname "$0")/.."
+adapters="none told mlp descriptor cea" now="--test $1 --images runs/photographs"
 rivals="wider static mlp descriptor prompt experts-image experts-token"
 bare=$(for name in $rivals cea; do echo "$name:sca=false"; done)
 
@@ -41,8 +43,7 @@ publish ablation table --split validation --suites aio5 patchwork --seeds 2 --ad
     cea-static-A cea-static-U cea-static cea:rank=2 cea:rank=4 cea:rank=16 cea:rank=32 cea:heads=1 cea:heads=8 \
     cea:probe_channels=12 cea:probe_channels=48 cea:slots=middle_blks cea:slots=decoders.0
 
-# The layer as it is, with its ceiling; the first argument is a folder of the 200 test images of BSDS500.
+# The layer as it is, with its ceiling.
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
-adapters="none told mlp descriptor cea" now="--test $1 --images runs/photographs"
 publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 $now
 publish told longer --suites aio5 --adapters $adapters --seeds 1 --steps 4000 $now

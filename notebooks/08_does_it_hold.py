@@ -8,9 +8,10 @@
 #
 # **You need** an interval, and how far to believe it ([notebook 7](07_how_far_to_believe_a_table.ipynb)). **Minutes:** 10.
 #
-# **The answer** stands in the next lines and in the picture below them, computed from the file of results as it is. Where amounts
-# of something unknown vary over the image, the claim does hold for toys: see [what the layer is for](../data/README.md). Folded
-# cells (click on the three dots) draw pictures and tables, or hold a text's claim.
+# **The answer** stands in the next lines and in the picture below them, computed from the file of results. There `cea` is CEA in
+# its first form, with a norm per token and affinities of X̂. How today's form does on three of the suites, with a ceiling, and
+# where the claim does hold for toys: see [the results](../data/README.md). Folded cells (click on the three dots) draw pictures
+# and tables, or hold a text's claim.
 
 # %% jupyter={"source_hidden": true}
 import os
@@ -82,8 +83,8 @@ for adapter in adapters:
 # Who is who (all but the first follow the same three stages of the network): `wider` has no adapter and a wider backbone instead;
 # `static` adds a low-rank map, the same for all images; `mlp` a small network per token; `descriptor` scales and shifts the
 # channels by one vector per image; `prompt` mixes learned prompts; `experts-image` and `experts-token` route an image, or each
-# token, to a few of several learned experts; `cea` is [notebook 2](02_hyper_adapter.ipynb). The definitions are in
-# [`adapters.py`](../tinycea/adapters.py).
+# token, to a few of several learned experts; `cea` is [notebook 2](02_hyper_adapter.ipynb)'s layer in its first form. The
+# definitions are in [`adapters.py`](../tinycea/adapters.py).
 #
 # ## 2. The table
 #

@@ -272,7 +272,7 @@ def projected():
 
 # ---- the comparison ----------------------------------------------------------------------------------------------------
 
-RIVALS = [adapter for adapter in comparison.HEADLINE if adapter not in ("cea", "none", "told")]
+RIVALS = [adapter for adapter in comparison.HEADLINE if adapter != "cea"]
 
 
 def contest(folder="../data/results/headline"):

@@ -321,4 +321,8 @@ def test_bad_weights(capsys, tmp_path, photo):
     p.flat[:] *= 1e30                                                            # no warning, and no black picture
     save_model(other, p, load_model(WEIGHTS).config)
     assert "not finite" in fails(capsys, "restore", photo, "-o", tmp_path / "out.png", "--weights", other)
+    p, config = load_model(WEIGHTS)
+    p["ending.bias"][:] = np.inf                                                 # no white one either
+    with pytest.raises(InputError, match="not finite"):
+        restore(np.zeros((4, 4, 3), np.uint8), Model(p, config))
     assert not (tmp_path / "out.png").exists()

@@ -135,6 +135,25 @@ def test_the_verdict_is_the_tables():
     assert f"no adapter takes more than {max(most['mlp'], most['descriptor'])} % of that, CEA at most {most['cea']} %" in page
 
 
+def test_the_intervals_of_gains_are_as_wide_as_said():
+    text, page = (ROOT / "data/results/told/table.txt").read_text("utf-8"), " ".join(RESULTS.split())
+    for suite in ("aio5", "cdd11", "patchwork"):
+        block = re.search(rf"^{suite}, 1000 .*?\n\n", text, re.M | re.S)[0]
+        wide = [(float(high) - float(low)) / 2 for low, high in re.findall(r"\[(\S+), (\S+)\] +-?\d+%", block)]
+        assert len(wide) == 4
+        low, high = re.search(rf"±(\S+) to ±(\S+)(?: dB)? on `{suite}`", page).groups()
+        assert abs(min(wide) - float(low)) < 0.0051 and abs(max(wide) - float(high)) < 0.0051, suite
+
+
+def test_the_four_layers_are_the_committed_table():
+    blocks = (ROOT / "data/results/layer/four.txt").read_text("utf-8").split("\n\n")[:3:2]
+    for adapter, title in {"none": "no adapter", "cea": "CEA, image norm, affinities of X: the default",
+                           "cea:norm=token,tokens=X": "token norm, of X", "cea:norm=image,tokens=Xhat": "image norm, of X̂",
+                           "cea:norm=token,tokens=Xhat": "token norm, of X̂: the default until this version"}.items():
+        values = [re.search(rf"^{re.escape(adapter)} +\d+ +\d+ +\S+ +(\S+)", block, re.M)[1] for block in blocks]
+        assert f"| {title} | {' | '.join(values)} |" in RESULTS
+
+
 def test_the_mechanism_is_the_committed_table():
     text = (ROOT / "data/results/layer/mechanism.txt").read_text("utf-8")
     assert text.rsplit("\n", 2)[0] in RESULTS

@@ -79,10 +79,10 @@ def restore_rgb(image, p, config, ops=cpu):
     """image (H,W,3) float in [0,1] -> the restored one, the same, by the backend `ops`. InputError if it is not finite."""
     with np.errstate(all="ignore"):
         y, _ = centered(ops.to_device(image[None]), p, config, ops, keep=False)
-    y = ops.to_host(np.clip(y[0], 0, 1))
+    y = ops.to_host(y[0])
     if not np.isfinite(y).all():
         raise InputError("the network gives what is not finite: its weights are not sound")
-    return y
+    return np.clip(y, 0, 1)
 
 
 def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, megapixels=MEGAPIXELS):

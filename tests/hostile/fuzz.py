@@ -41,7 +41,8 @@ class Fuzzer:
     """Inputs in a folder of their own, from one seed."""
 
     def __init__(self, folder, seed):
-        self.folder, self.rng = Path(folder), np.random.default_rng(seed)
+        self.folder, self.rng = Path(folder, "inputs"), np.random.default_rng(seed)
+        self.folder.mkdir()                   # so that ".." leads to nothing but itself
         pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
         self.images = {}
         os.mkfifo(self.folder / "pipe")       # has no end as an input, and is nobody's to replace as an output
@@ -112,7 +113,8 @@ class Fuzzer:
         kinds = ("uint8", "uint16", "float16", "float32", "float64", "int64", "complex64", "object", "U3", "bool")
         image = np.zeros(shape, kinds[self.rng.integers(len(kinds))])
         if image.dtype.kind == "f" and image.size:
-            image.flat[0] = [0, 1, -1, np.nan, np.inf, 1e30][self.rng.integers(6)]
+            with np.errstate(over="ignore"):  # 1e30 is infinite as a float16
+                image.flat[0] = [0, 1, -1, np.nan, np.inf, 1e30][self.rng.integers(6)]
         names = ["haze", "noise25", "stains", "patchwork", "low+haze", "", "haze+haze", "x"][self.rng.integers(8)]
         function = (lambda: degrade(image, names), lambda: restore(image, load_model(self.folder / "good.safetensors")))
         return function[self.rng.integers(2)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,22 +60,21 @@ def disturbed(job, out, seconds, count, rng):
             time.sleep(rng.uniform(0, seconds))
             children = [pid for pid in alive(out) if pid != process.pid]
             victim = rng.choice(children) if children and rng.random() < 0.4 else process.pid
-            try:
-                hits += process.poll() is None
-                os.kill(victim, number)
-            except ProcessLookupError:        # the run was faster
-                hits -= 1
-        told = f"{job}, {signal.Signals(number).name if number else 'not killed'} "
+            if process.poll() is None:
+                with suppress(ProcessLookupError):              # the process was faster
+                    os.kill(victim, number)
+                    hits += 1
+        case = f"{job}, {signal.Signals(number).name if number else 'not killed'} "
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            problems.append(told + "did not end")
+            problems.append(case + "did not end")
             process.kill()
         late = time.time() + 10
         while (left := alive(out)) and time.time() < late:
             time.sleep(0.05)
         if left:
-            problems.append(f"{told}left the processes {left}")
+            problems.append(f"{case}left the processes {left}")
         if process.returncode == 0:
             break
     if process.returncode:
