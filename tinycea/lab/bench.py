@@ -269,7 +269,7 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; a quarter of an hour, minutes with `quick`. Without rivals: ours alone."""
+    """Yield the rows, dicts as `row` makes them; eight minutes, one or two with `quick`. Without rivals: ours alone."""
     counts = sorted({1, os.cpu_count()})
     rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
     names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]
