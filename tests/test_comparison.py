@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -155,6 +158,16 @@ def test_a_folder_is_one_process_s(tmp_path):
     with locked(tmp_path / "run"), pytest.raises(InputError, match="another process"):
         training.train(tmp_path / "run")
     assert not (tmp_path / "models").exists()
+    with pytest.raises(InputError, match="the reason"), locked(tmp_path / "full/models"):
+        (tmp_path / "full/runs.jsonl").touch()
+        raise InputError("the reason")        # is told, not that `full` holds something and stays
+    assert [path.name for path in tmp_path.glob("full/*")] == ["runs.jsonl"]
+
+
+def test_a_worker_that_has_died_is_one_sentence():
+    broken = MagicMock(**{"submit.side_effect": BrokenProcessPool})
+    with pytest.raises(InputError, match="has died"):
+        list(compare.work(broken, deque([(print,)]), 1, lambda: False))
 
 
 # ---- the ceiling -----------------------------------------------------------------------------------------------------

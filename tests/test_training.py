@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -153,6 +154,9 @@ def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
         multiprocessing.active_children()[0].kill()
         next(batches)
     assert not multiprocessing.active_children()
+    broken = MagicMock(**{"submit.side_effect": [MagicMock(), MagicMock(), BrokenProcessPool]})
+    with pytest.raises(InputError, match="has died"):         # and where it is the next question that meets it
+        list(feed._ahead(broken, TINY, range(TINY.steps), 2))
 
 
 @pytest.mark.slow

@@ -97,11 +97,11 @@ def feed(recipe, first=0, workers=1):
 
 def _ahead(executor, recipe, steps, count):
     """The batches in their order, so many asked for ahead."""
-    asked = deque(executor.submit(batch, recipe, step) for step in steps[:count])
-    for step in steps:
-        try:
+    try:
+        asked = deque(executor.submit(batch, recipe, step) for step in steps[:count])
+        for step in steps:
             yield asked.popleft().result()
-        except BrokenProcessPool:
-            raise InputError("the process that makes the training patches has died, perhaps for want of memory") from None
-        if step + count < steps.stop:
-            asked.append(executor.submit(batch, recipe, step + count))
+            if step + count < steps.stop:
+                asked.append(executor.submit(batch, recipe, step + count))
+    except BrokenProcessPool:                 # met by the result, or by the next question
+        raise InputError("the process that makes the training patches has died, perhaps for want of memory") from None

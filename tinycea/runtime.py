@@ -87,8 +87,15 @@ def locked(folder):
                 raise InputError(f"{folder}: another process is at work in this folder") from None
         for left in Path(folder).glob(f"{TEMPORARY}*"):
             left.unlink()
-        stack.callback(lambda: any(Path(folder).iterdir()) or [os.rmdir(place) for place in made])
+        stack.callback(remove_empty, made)
         yield
+
+
+def remove_empty(folders):
+    """Remove folders, each inside the next, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            os.rmdir(folder)
 
 
 def write_json(path, value):
