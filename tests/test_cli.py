@@ -108,6 +108,7 @@ def test_pairs_are_judged_as_scikit_image_does_and_the_odd_ones_named(tmp_path, 
     assert cli.main(["evaluate", str(tmp_path / "rain"), str(tmp_path / "clean")]) == 2
     out, err = capsys.readouterr()
     assert "2 pairs" in out and all(name in err for name in ("alone.png", "small.png", "rain-0.png")) and err.count("\n") == 1
+    assert "not a folder" in fails(capsys, "evaluate", tmp_path / "nosuch", tmp_path / "clean")
 
 
 def test_the_table_in_the_weights_is_the_one_beside_them():

@@ -82,8 +82,8 @@ def parser():
     sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model with CEA layers (default: ours)")
 
     sub = command(evaluate, "PSNR and SSIM of degraded images, and of what a model makes of them, against clean ones")
-    sub.add_argument("degraded", type=path, metavar="DEGRADED", help="a folder of images")
-    sub.add_argument("clean", type=path, metavar="CLEAN", help="a folder of clean images; data/README.md: which names pair")
+    sub.add_argument("degraded", type=folder, metavar="DEGRADED", help="a folder of images")
+    sub.add_argument("clean", type=folder, metavar="CLEAN", help="a folder of clean images; data/README.md: which names pair")
     sub.add_argument("--weights", type=path, metavar="FILE", help="a model, as restore's: its results are judged as well")
     sub.add_argument("--luma", action="store_true", help="judge Y of YCbCr (BT.601) instead of RGB")
     sub.add_argument("--classical", action="store_true", help="non-local means as well, told nothing: it estimates the noise")
