@@ -87,15 +87,8 @@ def locked(folder):
                 raise InputError(f"{folder}: another process is at work in this folder") from None
         for left in Path(folder).glob(f"{TEMPORARY}*"):
             left.unlink()
-        stack.callback(remove_empty, made)
+        stack.callback(lambda: [place.rmdir() for place in made if not any(place.iterdir())])
         yield
-
-
-def remove_empty(folders):
-    """Remove folders, each inside the next, up to the first that holds something."""
-    with suppress(OSError):
-        for folder in folders:
-            os.rmdir(folder)
 
 
 def write_json(path, value):
