@@ -495,8 +495,8 @@ for n in range(N):
 assert close(dw_loop, dw_rms)
 
 # %% [markdown]
-# The judge is [`check_gradients`](../tinycea/gradcheck.py), one call with the pair and a dict of its arguments. Then break it: each
-# line of `bugs` is a common mistake that leaves the gradient's shape right.
+# The judge is [`check_gradients`](../tinycea/gradcheck.py), one call with the pair and a dict of its arguments. Then break it:
+# each line of `bugs` is a common mistake that leaves the gradient's shape right.
 
 # %%
 square = {"x": rng.normal(size=(6, 6)), "w": rng.normal(size=6)}             # square: dx.T fits
