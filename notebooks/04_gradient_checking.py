@@ -231,18 +231,8 @@ assert np.isclose(complex_step(1e-100, directions[0]), exact[0], rtol=1e-14)    
 #   that is wrong by 0.001 % would look just as good.
 # - **The complex step is the best of the three, where it works**: the code must be *analytic*, built from functions with a Taylor
 #   series in a complex variable. $|y|$, a conjugate or a comparison such as `maximum` is not, and NumPy does not complain: it
-#   returns a wrong number. With $|y|^2$ in place of $y^2$ our $L$ loses the derivative of its second term:
-
-# %% jupyter={"source_hidden": true}
-# Check: with |y|^2 only the first term's derivative is left.
-y_moved, _ = ops.layernorm(x + 1e-20j * directions[0], weight, bias)
-right, wrong = ((dot(w, y_moved) + second_term / 2).imag / 1e-20 for second_term in (dot(y_moved, y_moved),
-                                                                                     np.sum(np.abs(y_moved)**2)))
-print(f"exact {exact[0]:.6f}, with y y {right:.6f}, with |y|^2 {wrong:.6f}")
-assert close(right, exact[0]) and close(wrong, dot(ops.layernorm_backward(w, cache)[0], directions[0]))
-assert abs(wrong - right) > 0.1
-
-# %% [markdown]
+#   returns a wrong number. With $|y|^2$ in place of $y^2$ our $L$ loses the derivative of its second term.
+#
 # So [`gradcheck.py`](../tinycea/gradcheck.py) takes the central difference in float64, which asks nothing of the forward, with a
 # step of $10^{-4}$ along directions of length 1. That is to the right of the best step found above, on purpose: truncation is
 # smooth and known, while rounding grows with the op. It also subtracts entry by entry, before it sums, which loses fewer digits:
@@ -251,7 +241,13 @@ assert abs(wrong - right) > 0.1
 # $$L(a) - L(b) = \Big\langle w + \frac{a + b}{2},\; a - b \Big\rangle .$$
 
 # %% jupyter={"source_hidden": true}
-# Check: both, with 20,000 tokens, where L is large.
+# Check: with |y|^2 only the first term's derivative is left; step and subtraction with 20,000 tokens, where L is large.
+y_moved, _ = ops.layernorm(x + 1e-20j * directions[0], weight, bias)
+right, wrong = ((dot(w, y_moved) + second_term / 2).imag / 1e-20 for second_term in (dot(y_moved, y_moved),
+                                                                                     np.sum(np.abs(y_moved)**2)))
+assert close(right, exact[0]) and close(wrong, dot(ops.layernorm_backward(w, cache)[0], directions[0]))
+assert abs(wrong - right) > 0.1
+
 x_many, w_many = rng.normal(size=(2, 20_000, C))
 y_many, cache_many = ops.layernorm(x_many, weight, bias)
 dx_many, *_ = ops.layernorm_backward(w_many + y_many, cache_many)
@@ -279,19 +275,7 @@ assert rms([central(1e-4, v) - e for v, e in zip(directions, exact)]) < 1e-8 * r
 #
 # An error of 1 % of the gradient's length is about 1 % of its slope, wherever it sits. `gradcheck` takes four directions, so that
 # no unlucky one decides, and where there are few entries it compares the whole *Jacobian* $J_{ij} = \partial y_i / \partial x_j$.
-
-# %% jupyter={"source_hidden": true}
-# Check: both means, for one wrong entry.
-e = np.zeros_like(dx)
-e[3, 2] = 0.01 * np.linalg.norm(dx)                         # one wrong entry out of 40
-many = rng.normal(size=(100_000, N, C))
-many /= np.linalg.norm(many, axis=(1, 2), keepdims=True)
-seen_e, seen_dx = ((many * a).sum((1, 2)) for a in (e, dx))
-assert np.isclose(np.mean(seen_e**2), dot(e, e) / e.size, rtol=0.03)
-assert np.isclose(np.mean(seen_dx**2), dot(dx, dx) / dx.size, rtol=0.03)
-assert np.isclose(rms(seen_e) / rms(seen_dx), 0.01, rtol=0.03)
-
-# %% [markdown]
+#
 # **Why not move all arguments at once?** Take a linear map $y = xW + b$ and a direction
 # $(v_x, v_W, v_b)$:
 #
@@ -302,7 +286,16 @@ assert np.isclose(rms(seen_e) / rms(seen_dx), 0.01, rtol=0.03)
 # $db = \sum dy$, and an error in $db$ is lost in the eighth digit: the joint check passes a backward that drops $db$.
 
 # %% jupyter={"source_hidden": true}
-# Check: three backwards, the right one, one with db 50 % too large and one that drops it.
+# Check: both means, for one wrong entry; three backwards, the right one, one with db 50 % too large and one that drops it.
+e = np.zeros_like(dx)
+e[3, 2] = 0.01 * np.linalg.norm(dx)                         # one wrong entry out of 40
+many = rng.normal(size=(100_000, N, C))
+many /= np.linalg.norm(many, axis=(1, 2), keepdims=True)
+seen_e, seen_dx = ((many * a).sum((1, 2)) for a in (e, dx))
+assert np.isclose(np.mean(seen_e**2), dot(e, e) / e.size, rtol=0.03)
+assert np.isclose(np.mean(seen_dx**2), dot(dx, dx) / dx.size, rtol=0.03)
+assert np.isclose(rms(seen_e) / rms(seen_dx), 0.01, rtol=0.03)
+
 inputs = {"x": rng.normal(size=(9, 6)), "weight": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)}
 inputs["x"][:, 0] *= 1e7                                    # in Hz
 inputs["weight"][0] /= 1e7

@@ -46,7 +46,7 @@ for group, style, text in ((~missed, "oC0", "holds the truth"), (missed, "DC1", 
     mean, low, high = found[group].T
     axis.errorbar(np.flatnonzero(group), mean, (mean - low, high - mean), fmt=style[0], color=style[1:], ms=3, label=text)
 axis.axhline(0, color="0.3", lw=1, ls="-")
-axis.set(xlabel="world", ylabel="difference (dB)", xticks=[], ylim=(-4.5, 3),
+axis.set(xlabel="world", ylabel="difference (dB)", xticks=[], ylim=(-5.5, 3),
          title=f"Of {worlds} intervals that say 95 %, {missed.sum()} miss the truth, 0: {100 * missed.mean():.0f} %, not 5 %")
 axis.legend(loc="lower right", ncols=2)
 plt.show()
@@ -194,7 +194,6 @@ only_photos = np.repeat(rng.normal(0, 1, (2000, 1, 3)), 5, 1)       # (experimen
 low, high = intervals(only_photos)
 assert close(low, only_photos.min((1, 2))) and close(high, only_photos.max((1, 2)))
 assert close(comparison.interval(only_photos[0]), (low[0], high[0]))
-print(f"5 seeds that agree, 3 photographs: {coverage(only_photos):.1%}")
 assert abs(coverage(only_photos) - 0.75) < 0.03
 
 # %% [markdown]
