@@ -621,6 +621,5 @@ for name, gradient in zip(arrays, ops.probe_backward(w_Z + Z, cache)):
 # ## What to read next
 #
 # - [Notebook 5](05_training_by_hand.ipynb): the same check on a whole network, and what is done with a gradient.
-# - The checker, 100 lines: [`gradcheck.py`](../tinycea/gradcheck.py).
 # - W. Squire, G. Trapp (1998), "Using complex variables to estimate derivatives of real functions": the complex step.
 # - A. Griewank, A. Walther (2008), *Evaluating Derivatives*: what the frameworks do instead.

@@ -163,9 +163,14 @@ assert awake == {"beta", "gamma", "W_U"}
 # once would see little but the largest gradients ([notebook 4](04_gradient_checking.ipynb), section 2).
 #
 # $$\langle \nabla L, v \rangle \approx \frac{L(p + h v) - L(p - h v)}{2h} .$$
+#
+# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its
+# norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
+#
+# $$g \leftarrow g \cdot \min\!\Big(1, \frac{c}{\lVert g \rVert}\Big) .$$
 
 # %% jupyter={"source_hidden": true}
-# Check: this, for each of the arrays.
+# Check: the gradient of each of the arrays; the library's clip.
 p64 = nafnet.init(config, np.random.default_rng(0), np.float64)
 p64.flat += 0.1 * rng.normal(size=p64.flat.size)
 g64, h = p64.zeros_like(), 1e-5
@@ -189,14 +194,6 @@ worst = max(errors, key=errors.get)
 print(f"{len(errors)} arrays, each along a direction of its own; relative error: median {np.median(list(errors.values())):.0e}")
 assert errors[worst] < 1e-4, worst
 
-# %% [markdown]
-# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its
-# norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
-#
-# $$g \leftarrow g \cdot \min\!\Big(1, \frac{c}{\lVert g \rVert}\Big) .$$
-
-# %% jupyter={"source_hidden": true}
-# Check: the library's clip is this line.
 clipped = g.flat * min(1, recipe.clip / norm)
 before = optim.clip_by_norm(g.flat, recipe.clip)
 assert np.isclose(before, norm) and np.allclose(g.flat, clipped, atol=1e-8)
@@ -327,8 +324,7 @@ assert heart[-1] > heart[0] + 20 and unseen[-1] < psnr(*one) + 12
 # ## 5. A short real run
 #
 # The same step, each time with a new batch. Batch number `step` is a function of the seed and the step alone (its generator is
-# `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before. The figure is live: run the two cells and
-# watch it. A single batch says little, since its degradations are drawn at random.
+# `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before. The figure is live: run the two cells.
 
 # %% jupyter={"source_hidden": true}
 figure, axis = plt.subplots(figsize=(7, 2.6))
@@ -457,8 +453,6 @@ print("share of each image in the log of the mean:", (mse / mse.sum()).round(2))
 #
 # - [Notebook 6](06_what_the_maps_say.ipynb): what the CEA layers of a trained network do;
 #   [notebook 7](07_how_far_to_believe_a_table.ipynb): how to compare two such runs, and how far to believe it.
-# - The loop as the library has it: [`training.py`](../tinycea/training.py); the optimizer's equations:
-#   [`optim.py`](../tinycea/optim.py).
 # - I. Loshchilov, F. Hutter (2019), "Decoupled weight decay regularization", [arXiv
 #   1711.05101](https://arxiv.org/abs/1711.05101): AdamW.
 # - L. Chen et al. (2022), "Simple baselines for image restoration", [arXiv 2204.04676](https://arxiv.org/abs/2204.04676): NAFNet.

@@ -140,9 +140,8 @@ if {"aio5", "patchwork"} <= set(seeds):
     tell("    patchwork minus aio5", versus("patchwork", single)[:n] - versus("aio5", single)[:n])
 
 # %% [markdown]
-# **What it costs.** Equal parameters are not equal work: an expert that is computed and then weighted by zero has been computed.
-# The table's first column counts the multiplications of a forward pass ([notebook 3](03_linear_attention.ipynb));
-# [a picture](../data/results/headline/table-cost.png) holds them against the PSNR.
+# **What it costs.** Equal parameters are not equal work. The table counts multiplications, [a
+# picture](../data/results/headline/table-cost.png) holds them against the PSNR.
 #
 # **One doubt about the backbone.** NAFNet's blocks have a channel attention (SCA), itself a descriptor of the whole image; it
 # might do what an adapter could have done. Where the file has runs without it, they are compared with CEA without it:
