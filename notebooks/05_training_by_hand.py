@@ -29,7 +29,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
-from workbench import jpeg, row
+from workbench import row
 
 from tinycea import degradations, evaluation, feed, nafnet, optim, training, zoo
 from tinycea.ops import cpu
@@ -51,7 +51,7 @@ photo = photographs("test")["chelsea"][60:200, 90:230]
 noisy = degradations.noise(photo, np.random.default_rng(0))
 images = noisy, restore_rgb(noisy, shipped, shipped_config), photo
 row("What the loop ends with, on a photograph that it never saw", images,
-    ("noisy", "restored", "clean"), [f"{psnr(image, photo):.1f} dB" for image in images[:2]] + ["the reference"], 6.4)
+    ("noisy", "restored", "clean"), [f"{psnr(image, photo):.1f} dB" for image in images[:2]] + ["the reference"], 5.8)
 
 # %% [markdown]
 # ## 1. Dead leaves, and what is done to them
@@ -88,45 +88,34 @@ for name, formula in degradations.DEGRADATIONS.items():
 
 # %% [markdown]
 # How far an image $I$ is from the clean $J$ is told in decibels: from the mean squared error (MSE) over its $n$ values, the *peak
-# signal-to-noise ratio*
+# signal-to-noise ratio*. Each factor of 10 in the MSE is 10 dB; noise alone, before the cut, has $-20 \log_{10} \sigma$.
 #
 # $$\mathrm{PSNR} = -10 \log_{10} \mathrm{MSE}, \qquad \mathrm{MSE} = \frac1n \sum_i (I_i - J_i)^2 .$$
-#
-# Each factor of 10 in the MSE is 10 dB; noise alone, before the cut, has $-20 \log_{10} \sigma$.
 
 # %% jupyter={"source_hidden": true}
 assert np.isclose(psnr(noisy, J), evaluation.psnr(noisy.astype(np.float32), J))
-entries = ("noise25", "rain", "snow", "haze", "blur", "low", "haze+rain")
-figure, axes = plt.subplots(2, 4, figsize=(7, 4.4))
-figure.get_layout_engine().set(hspace=0.06)
-for axis, entry in zip(axes.flat, ("clean", *entries)):
-    image = J if entry == "clean" else degradations.apply(scene, entry, np.random.default_rng(7))
-    axis.imshow(image)
-    below = "the reference" if entry == "clean" else f"{psnr(image, J):.1f} dB"
-    axis.set(title=entry, xlabel=below, xticks=[], yticks=[])
-figure.suptitle("One drawn scene under seven formulas", fontsize=10)
-jpeg(figure)
+entries = ("noise25", "rain", "haze", "low", "haze+rain")
+images = [degradations.apply(scene, entry, np.random.default_rng(7)) for entry in entries]
+row("One drawn scene under five formulas", (J, *images), ("clean", *entries),
+    ["the reference"] + [f"{psnr(image, J):.1f} dB" for image in images])
 
 # %% [markdown]
 # ## 2. One training step through the flat buffer
 #
 # A *recipe* holds everything a run is made of. Its data: crops of 64 × 64 pixels, half from dead leaves, half from photographs,
-# in other light and each with one degradation, from mild to strong; one in ten with none, for a restorer must also learn when to
-# do nothing. The network is the toy model, a small NAFNet with a CEA layer after each of its three stages.
-#
-# Its parameters are one array `p.flat`. `p["intro.weight"]` is a *view*: the same memory under a name and a shape
+# in other light and each with one degradation, from mild to strong; one in ten with none. The network is the toy model, a small
+# NAFNet with a CEA layer after each of its three stages. Its parameters are one array `p.flat`. `p["intro.weight"]` is a *view*:
+# the same memory under a name and a shape
 # ([`Params`](../tinycea/params.py)). The gradient is a second array of the same layout.
 
 # %%
 recipe = training.Recipe(steps=200, scenes=8, chunks=1)
-suite = degradations.suite(recipe.suite)
-degraded, clean = feed.batch(recipe, step=0)
-print(f"one batch: {degraded.shape}, degraded as one of {', '.join(suite)}")
+degraded, clean = feed.batch(recipe, step=0)                    # (6, 64, 64, 3) each
 
 config = zoo.network(recipe.adapter)
 p = nafnet.init(config, np.random.default_rng([recipe.seed, feed.INIT]))
 g = p.zeros_like()
-print(f"parameters: {p.flat.size} numbers under {len(p)} names")
+print(f"{p.flat.size} parameters under {len(p)} names")
 assert all(np.shares_memory(value, p.flat) for value in p.values())
 assert sum(value.size for value in p.values()) == p.flat.size and not np.shares_memory(p.flat, g.flat)
 
@@ -137,6 +126,9 @@ assert sum(value.size for value in p.values()) == p.flat.size and not np.shares_
 #
 # $$L = \frac1B \sum_b 10 \log_{10}\!\big(\mathrm{MSE}_b + \epsilon\big), \qquad
 # \frac{\partial L}{\partial \hat y_b} = \frac{20}{B\, n \ln 10} \cdot \frac{\hat y_b - y_b}{\mathrm{MSE}_b + \epsilon} .$$
+#
+# The network's backward takes it and adds every parameter's gradient into the views of `g`. [`gradient`](../tinycea/training.py)
+# is the lines below, with the faster arithmetic of [`ops/cpu`](../tinycea/ops/cpu.py).
 
 # %%
 restored, cache = nafnet.centered(degraded, p, config, ops)     # centered: the network works on 2 x - 1
@@ -145,61 +137,40 @@ B, n = len(y), y[0].size
 mse = np.mean((yhat - y)**2, axis=(1, 2, 3), keepdims=True)
 L = np.mean(10 * np.log10(mse + recipe.floor))
 dL = 20 / (B * n * np.log(10)) * (yhat - y) / (mse + recipe.floor)
+nafnet.centered_backward(dL.astype(np.float32), cache, g)
+norm = np.sqrt(np.dot(g.flat, g.flat))
 
 # %% jupyter={"source_hidden": true}
-# Check: the library's loss and its gradient are these lines.
+# Check: the library has these lines; and which parameters of the blocks and adapters have a gradient at the start.
 loss, c_loss = ops.psnr_loss(yhat, y, recipe.floor)
 assert close(L, loss) and close(dL, ops.psnr_loss_backward(1.0, c_loss)[0])
-input_mse = np.mean((degraded - clean)**2, axis=(1, 2, 3))
-print(f"loss of the untrained network {L:.2f} dB, of its input {np.mean(10 * np.log10(input_mse + recipe.floor)):.2f} dB")
-
-# %% [markdown]
-# **The gradient.** The network's backward takes $\partial L / \partial \hat y$ and adds every parameter's gradient into the views
-# of `g`. [`gradient`](../tinycea/training.py) is these lines, with the faster arithmetic of [`ops/cpu`](../tinycea/ops/cpu.py):
-
-# %%
-nafnet.centered_backward(dL.astype(np.float32), cache, g)
 by_hand = g.flat.copy()
 assert np.isclose(training.gradient(degraded, clean, p, config, cpu, g, recipe.floor), L, rtol=1e-5)
 assert np.linalg.norm(g.flat - by_hand) < 1e-4 * np.linalg.norm(by_hand)   # float32, sums in another order
-
-# %% jupyter={"source_hidden": true}
-def part_of(name):
-    part, rest = name.split(".", 1)
-    if part == "adapters":
-        part += "." + next(slot for slot in config.adapted() if rest.startswith(slot))
-    return part
-
-
-norms = {}
-print(f"{'stage':24s} {'parameters':>10s} {'with a gradient':>16s} {'norm':>8s}")
-for part in dict.fromkeys(map(part_of, p)):
-    values = np.concatenate([value.ravel() for name, value in g.items() if part_of(name) == part])
-    norms[part] = np.linalg.norm(values.astype(np.float64))
-    print(f"{part:24s} {values.size:10d} {np.mean(values != 0):16.0%} {norms[part]:8.3f}")
-norm = np.sqrt(np.dot(g.flat, g.flat))
-print(f"{'all':24s} {p.flat.size:10d} {np.mean(g.flat != 0):16.0%} {norm:8.3f}")
-assert np.isclose(norm, np.sqrt(sum(value**2 for value in norms.values())), rtol=1e-5)
+assert np.isclose(norm, np.sqrt(sum(np.sum(value.astype(np.float64)**2) for value in g.values())), rtol=1e-5)
+awake = {name.split(".")[-1] for name, value in g.items()
+         if np.any(value) and name.split(".")[0] not in ("intro", "ending", "downs", "ups")}
+print(f"{np.mean(g.flat != 0):.0%} of the parameters have a gradient; in blocks and adapters: {', '.join(sorted(awake))}")
+assert awake == {"beta", "gamma", "W_U"}
 
 # %% [markdown]
 # At the start most parameters have no gradient: NAFNet multiplies each block's branches by $\beta$ and $\gamma$, which start at
 # zero as $W_U$ does. The first step moves these and what lies outside the blocks; then the rest wakes up
 # ([notebook 2](02_hyper_adapter.ipynb), claim 6).
-
-# %% jupyter={"source_hidden": true}
-# Check: which parameters of the blocks and adapters have a gradient at the start.
-awake = {name.split(".")[-1] for name, value in g.items() if np.any(value) and part_of(name) not in
-         ("intro", "ending", "downs", "ups")}
-assert awake == {"beta", "gamma", "W_U"}
-
-# %% [markdown]
+#
 # **Is the gradient right?** In float64, with every parameter moved off its start so that nothing is zero, the derivative of the
 # whole network along a direction $v$ must equal a central difference. One named array at a time: a direction in all of them at
 # once would see little but the largest gradients ([notebook 4](04_gradient_checking.ipynb), section 2).
 #
 # $$\langle \nabla L, v \rangle \approx \frac{L(p + h v) - L(p - h v)}{2h} .$$
+#
+# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its
+# norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
+#
+# $$g \leftarrow g \cdot \min\!\Big(1, \frac{c}{\lVert g \rVert}\Big) .$$
 
-# %%
+# %% jupyter={"source_hidden": true}
+# Check: the gradient of each of the arrays; the library's clip.
 p64 = nafnet.init(config, np.random.default_rng(0), np.float64)
 p64.flat += 0.1 * rng.normal(size=p64.flat.size)
 g64, h = p64.zeros_like(), 1e-5
@@ -223,13 +194,6 @@ worst = max(errors, key=errors.get)
 print(f"{len(errors)} arrays, each along a direction of its own; relative error: median {np.median(list(errors.values())):.0e}")
 assert errors[worst] < 1e-4, worst
 
-# %% [markdown]
-# **Clipping.** A batch with an almost clean image has a small MSE, which the loss divides by, and so a large gradient. If its
-# norm exceeds a limit $c$ (here 1), the whole array is scaled down; the direction stays:
-#
-# $$g \leftarrow g \cdot \min\!\Big(1, \frac{c}{\lVert g \rVert}\Big) .$$
-
-# %%
 clipped = g.flat * min(1, recipe.clip / norm)
 before = optim.clip_by_norm(g.flat, recipe.clip)
 assert np.isclose(before, norm) and np.allclose(g.flat, clipped, atol=1e-8)
@@ -248,8 +212,8 @@ assert np.linalg.norm(g.flat) < 1.001 * recipe.clip
 # w_t &= w_{t-1} - \eta \Big( \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} + \lambda\, w_{t-1} \Big) .
 # \end{aligned}$$
 #
-# $\beta_1 = 0.9$, $\beta_2 = 0.99$, $\epsilon = 10^{-8}$. All of it is entrywise, so it runs over the flat array without knowing
-# a single layer ([`adamw`](../tinycea/ops/reference.py)).
+# $\beta_1 = 0.9$, $\beta_2 = 0.99$, $\epsilon = 10^{-8}$. All of it is entrywise, so it knows no layer
+# ([`adamw`](../tinycea/ops/reference.py)).
 
 # %%
 lr, decay = 0.01, 0.1 * optim.decay_mask(p64)
@@ -270,18 +234,9 @@ for t in (1, 2, 3):
 #
 # $$w_1 - w_0 = -\eta\, \frac{g}{|g| + \epsilon} \approx -\eta\, \operatorname{sign}(g) .$$
 #
-# A parameter with a gradient of $10^{-4}$ moves as far as one with $10^{4}$, and one with none stays. That is why a rate can suit
-# layers of very different scale, and why the first steps, when $v$ knows a single gradient, want a small rate.
-
-# %% jupyter={"source_hidden": true}
-# Check: the first step, for gradients of eight orders of magnitude.
-gradient = 10.0**rng.uniform(-4, 4, 1000) * rng.choice((-1, 1), 1000)
-w = np.zeros(1000)
-ops.adamw(w, gradient, np.zeros(1000), np.zeros(1000), 1, lr, 0)
-assert close(w, -lr * gradient / (np.abs(gradient) + 1e-8))
-assert np.allclose(w, -lr * np.sign(gradient), rtol=2e-4)
-
-# %% [markdown]
+# A parameter with a gradient of $10^{-4}$ moves as far as one with $10^{4}$. So one rate can suit layers of very different scale,
+# and the first steps, when $v$ knows a single gradient, want a small rate.
+#
 # **Decay** is decoupled: it does not pass through $m$ and $v$ (exercise 2 shows the difference), and a mask spares biases, norms,
 # $\beta$ and $\gamma$, for which small is not simpler. With a gradient of zero the others shrink by $1 - \eta\lambda$ in each
 # step:
@@ -289,12 +244,17 @@ assert np.allclose(w, -lr * np.sign(gradient), rtol=2e-4)
 # $$g = 0 \;\Rightarrow\; w_1 = (1 - \eta\, \lambda)\, w_0 .$$
 
 # %% jupyter={"source_hidden": true}
-# Check: what decays, and by how much.
+# Check: the first step, for gradients of eight orders of magnitude; what decays, and by how much.
+gradient = 10.0**rng.uniform(-4, 4, 1000) * rng.choice((-1, 1), 1000)
+w = np.zeros(1000)
+ops.adamw(w, gradient, np.zeros(1000), np.zeros(1000), 1, lr, 0)
+assert close(w, -lr * gradient / (np.abs(gradient) + 1e-8))
+assert np.allclose(w, -lr * np.sign(gradient), rtol=2e-4)
+
 mask = optim.decay_mask(p64)
 named = p64.zeros_like()
 named.flat[:] = mask
 spared = {"norm" if "norm" in name else name.split(".")[-1] for name, value in named.items() if not value.any()}
-print(f"decayed: {mask.mean():.0%} of the parameters; spared: {', '.join(sorted(spared))}")
 w, zero = p64.flat.copy(), np.zeros(mask.size)
 ops.adamw(w, zero, zero.copy(), zero.copy(), 1, lr, 0.1 * mask)
 assert close(w, np.where(mask == 1, 1 - lr * 0.1, 1) * p64.flat) and spared == {"bias", "norm", "beta", "gamma"}
@@ -305,30 +265,26 @@ assert close(w, np.where(mask == 1, 1 - lr * 0.1, 1) * p64.flat) and spared == {
 #
 # $$\eta(s) = \eta_{\max} \frac{s}{w} \;\;(s < w), \qquad
 # \eta(s) = \eta_0 + (\eta_{\max} - \eta_0)\, \frac{1 + \cos\!\big(\pi \frac{s - w}{1 - w}\big)}{2} \;\;(s \ge w) .$$
+#
+# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of learned factors, among them $W_V$ twice, and
+# soon too large.
 
 # %% jupyter={"source_hidden": true}
+# Check: the library's schedule is this one.
 s = np.arange(1, 2401) / 2400                   # the 2400 steps of `tinycea train`, 50 of them warm-up
 warm = 50 / 2400
 eta = np.where(s < warm, recipe.lr * s / warm,
                1e-7 + (recipe.lr - 1e-7) * (1 + np.cos(np.pi * (s - warm) / (1 - warm))) / 2)
 assert close(eta, [optim.warmup_cosine(progress, warm, recipe.lr) for progress in s])
 
-figure, axis = plt.subplots(figsize=(7, 2.4))
-axis.plot(eta)
-axis.set(xlabel="step", ylabel="learning rate", title=f"50 steps up to {recipe.lr}, then half a cosine down")
-plt.show()
-
 # %% [markdown]
-# The adapters get a tenth of this rate (`adapter_lr`): CEA's update is a product of learned factors, among them $W_V$ twice, and
-# soon too large.
-#
 # ## 4. Overfitting one patch
 #
-# Before a long run, a short one that must succeed: give the network a single pair of 48 × 48 pixels again and again. It has many
-# more parameters than the patch has values, so it can learn them by heart. If the PSNR stalls, something is broken: a gradient,
-# the optimizer, or the shape of the network. The second curve is another noisy patch of the same scene, which it never trains on.
+# Before a long run, a short one that must succeed: the same pair of 48 × 48 pixels again and again. The network has more
+# parameters than the patch has values, so it can learn them by heart; if the PSNR stalls, something is broken. The second curve
+# is another noisy patch of the same scene, which it never trains on.
 
-# %%
+# %% jupyter={"source_hidden": true}
 def rates_of(p):
     """Of each parameter, relative to the schedule's: adapters learn at a tenth."""
     rates = p.zeros_like()
@@ -352,8 +308,7 @@ for step in range(1, steps + 1):
     optim.clip_by_norm(dq.flat, 1.0)
     ops.adamw(q.flat, dq.flat, m, v, step, optim.warmup_cosine(step / steps, 0.1, 4e-3) * rates, 0)
 
-# %% jupyter={"source_hidden": true}
-figure, axis = plt.subplots()
+figure, axis = plt.subplots(figsize=(7, 2.6))
 axis.plot(heart, label="the patch it trains on")
 axis.plot(np.arange(0, steps, 5), unseen, label="another patch of the scene")
 axis.axhline(psnr(*one), color="0.4", ls=":", label="the noisy input")
@@ -362,24 +317,24 @@ axis.set(xlabel="step", ylabel="PSNR (dB)",
 axis.legend(loc="lower right", bbox_to_anchor=(1, 0.14))
 plt.show()
 print(f"trained patch: {psnr(*one):.1f} dB noisy, {heart[-1]:.1f} dB in the end; "
-      f"other patch: {psnr(*other):.1f} dB noisy, {max(unseen):.1f} dB at best, {unseen[-1]:.1f} dB in the end")
+      f"other patch: {psnr(*other):.1f} dB noisy, {unseen[-1]:.1f} dB in the end")
 assert heart[-1] > heart[0] + 20 and unseen[-1] < psnr(*one) + 12
 
 # %% [markdown]
 # ## 5. A short real run
 #
 # The same step, each time with a new batch. Batch number `step` is a function of the seed and the step alone (its generator is
-# `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before. The figure is live: run the cell and watch
-# it. A single batch says little, since its degradations are drawn at random; the line is a mean over 25 steps.
+# `default_rng([seed, BATCHES, step])`), so nothing depends on what was drawn before. The figure is live: run the two cells.
 
-# %%
-figure, axis = plt.subplots()
+# %% jupyter={"source_hidden": true}
+figure, axis = plt.subplots(figsize=(7, 2.6))
 dots, = axis.plot([], [], ".", color="0.6", label="one batch")
 mean, = axis.plot([], [], label="mean of 25")
 axis.set(xlim=(0, recipe.steps), ylim=(12, 26), xlabel="step", ylabel="minus the loss (dB)",
          title="The mean rises slowly under the scatter of the batches")
 axis.legend(loc="lower right")
 live = display(figure, display_id=True)
+plt.close(figure)                                           # or it would be shown a second time
 
 
 def draw(losses):
@@ -389,6 +344,7 @@ def draw(losses):
     live.update(figure)
 
 
+# %%
 p = nafnet.init(config, np.random.default_rng([recipe.seed, feed.INIT]))
 g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
 decay, rates, losses = recipe.decay * optim.decay_mask(p), rates_of(p), []
@@ -400,53 +356,38 @@ for step in range(recipe.steps):
     ops.adamw(p.flat, g.flat, m, v, step + 1, rate * rates, decay)
     if (step + 1) % 25 == 0:
         draw(losses)
-plt.close(figure)
 first, last = -np.mean(losses[:25]), -np.mean(losses[-25:])
 print(f"mean of the first 25 batches {first:.2f} dB, of the last 25 {last:.2f} dB")
 assert last > first + 0.5
 
 # %% [markdown]
 # **These ten lines are all of training.** [`train`](../tinycea/training.py) adds what a person wants around them: a process that
-# makes the batches ahead, a log, pictures, a table, a way to resume. None of it may change a number, so its weights must be ours,
-# bit for bit:
+# makes the batches ahead, a log, pictures, a table, a way to resume. None of it may change a number: its weights are ours.
 
-# %%
+# %% jupyter={"source_hidden": true}
+# Check: bit for bit.
 with tempfile.TemporaryDirectory() as folder:
-    result = training.train(Path(folder) / "run", steps=recipe.steps, scenes=recipe.scenes, chunks=1)
+    training.train(Path(folder) / "run", steps=recipe.steps, scenes=recipe.scenes, chunks=1)
     library, _ = zoo.load_model(Path(folder) / "run" / "model.safetensors")
 assert np.array_equal(library.flat, p.flat)
-print(f"{np.count_nonzero(library.flat == p.flat)} of {p.flat.size} parameters have the same bits")
-print(evaluation.format_table(result["rows"]))
 
 # %% [markdown]
-# ## 6. Restoring a photograph
+# ## 6. What it is good for
 #
-# The table above is about photographs that no run ever trained on. Here is one of them, with noise, restored by our 200 steps and
-# by the weights in the package, a larger network taught for hours. A detail is shown; the PSNR is of the whole photograph.
+# The first picture's photograph, which no run ever trained on, whole, under each degradation: restored by our 200 steps, and by
+# the weights in the package, a larger network taught for hours. Where the last column is no higher than the first, these weights
+# leave the photograph as it is: a network that is also taught on clean, dark and misty photographs learns when to do nothing.
 
-# %%
+# %% jupyter={"source_hidden": true}
 photo = photographs("test")["chelsea"]
 table = {}
-for entry in suite:
-    worse = degradations.apply(Scene(photo), entry, np.random.default_rng(0))
-    images = [worse, restore_rgb(worse, p, config), restore_rgb(worse, shipped, shipped_config), photo]
-    table[entry] = [psnr(image, photo) for image in images[:3]]
-    if entry == "noise25":
-        shown = images
-
-row("The 200 steps take a little of the noise; the long training takes it, and the finest fur with it",
-    [image[60:200, 90:230] for image in shown], ("degraded", "200 steps", "shipped weights", "clean"),
-    [f"{value:.1f} dB" for value in table["noise25"]] + ["the reference"])
-
-# %%
 print(f"{'PSNR in dB':12s} {'degraded':>10s} {'200 steps':>10s} {'shipped':>10s}")
-for entry, values in table.items():
-    print(f"{entry:12s}" + "".join(f" {value:10.2f}" for value in values))
+for entry in degradations.suite(recipe.suite):
+    worse = degradations.apply(Scene(photo), entry, np.random.default_rng(0))
+    table[entry] = [psnr(image, photo) for image in (worse, restore_rgb(worse, p, config),
+                                                     restore_rgb(worse, shipped, shipped_config))]
+    print(f"{entry:12s}" + "".join(f" {value:10.2f}" for value in table[entry]))
 assert table["noise25"][2] > table["noise25"][0] + 3 and table["noise25"][1] > table["noise25"][0]
-
-# %% [markdown]
-# Read the table row by row. Where the last column is no higher than the first, these weights leave the photograph as it is: a
-# network that is also taught on clean, dark and misty photographs learns when to do nothing.
 
 # %% [markdown]
 # ## Exercises
@@ -512,8 +453,6 @@ print("share of each image in the log of the mean:", (mse / mse.sum()).round(2))
 #
 # - [Notebook 6](06_what_the_maps_say.ipynb): what the CEA layers of a trained network do;
 #   [notebook 7](07_how_far_to_believe_a_table.ipynb): how to compare two such runs, and how far to believe it.
-# - The loop as the library has it: [`training.py`](../tinycea/training.py); the optimizer's equations:
-#   [`optim.py`](../tinycea/optim.py).
 # - I. Loshchilov, F. Hutter (2019), "Decoupled weight decay regularization", [arXiv
 #   1711.05101](https://arxiv.org/abs/1711.05101): AdamW.
 # - L. Chen et al. (2022), "Simple baselines for image restoration", [arXiv 2204.04676](https://arxiv.org/abs/2204.04676): NAFNet.

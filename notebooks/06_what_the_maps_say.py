@@ -108,9 +108,9 @@ jpeg(figure)
 #
 # $$X (-A)^\top (-U) = X A^\top U, \qquad X (G A)^\top (G^{-\top} U) = X A^\top U .$$
 #
-# So orange and violet could be exchanged in all maps at once, and the maps are one basis of a space: only what is true of the
-# whole space is a finding. Nor is a component an expert for rain. (The layer's $A$ and $U$ share $Z$, which fixes their basis up
-# to order and one sign; but nothing in the training asks for a basis that means something.)
+# So the maps are one basis of a space: only what is true of the whole space is a finding, and no component is an expert for rain.
+# (The layer's $A$ and $U$ share $Z$, which fixes their basis up to order and one sign; but nothing in the training asks for a
+# basis that means something.)
 
 # %%
 G = np.linalg.qr(rng.normal(size=(R, R)))[0].astype(np.float32)                 # orthogonal: its inverse transposed is itself
@@ -137,14 +137,13 @@ def between(maps, label):
     return sum(parts) / np.sum((maps - mean)**2, 0)
 
 
+# %% jupyter={"source_hidden": true}
 label, S_clean = region(mask), look(clean)[1]
 eta, control = between(S, label), between(S_clean, label)
-
-# %% jupyter={"source_hidden": true}
-figure, axis = plt.subplots(figsize=(7, 2.2))
+figure, axis = plt.subplots(figsize=(7, 1.9))
 axis.bar(np.arange(1, R + 1) - 0.2, eta, 0.4, label="degraded in regions")
 axis.bar(np.arange(1, R + 1) + 0.2, control, 0.4, color="0.7", label="the clean photograph")
-axis.set(xlabel="r", ylabel="variance between regions", xticks=range(1, R + 1), ylim=(0, 1.3 * max(*eta, *control)),
+axis.set(xlabel="r", ylabel="share between", xticks=range(1, R + 1), ylim=(0, 1.5 * max(*eta, *control)),
          title="Only what a blue bar has above its gray one can be the degradation")
 axis.legend(loc="upper right", ncols=2)
 plt.show()
@@ -152,15 +151,14 @@ plt.show()
 # %% [markdown]
 # **All together.** Bars belong to a basis. So fit a linear classifier by least squares (one column per region, 1 inside and 0
 # outside) in half of the image, and test it in the other half; to it, $S$ and $S G$ are the same. The halves are blocks of 24 ×
-# 24 tokens like a chessboard, and windows never reach across a border, so no neighbor leaks. It reads either one token, or the
-# mean of 9 × 9. Since averaging is linear,
+# 24 tokens like a chessboard, and no window reaches across a border. It reads one token, or the mean of 9 × 9:
 #
-# $$\overline S = \frac{\overline{X} A^\top}{\sqrt C} ,$$
+# $$\overline S = \frac{\overline{X} A^\top}{\sqrt C} .$$
 #
-# the affinities are a view of $C$ features from $R$ directions. So they compete with $R$ random directions, with all of $X$, and
-# with the clean photograph's affinities, from which a classifier can only learn what is usually where.
+# Averages too are a view of $C$ features from $R$ directions. So the affinities compete with $R$ random directions, with all of
+# $X$, and with the clean photograph's affinities, from which a classifier can only learn what is usually where.
 
-# %%
+# %% jupyter={"source_hidden": true}
 def window(maps):
     return uniform_filter(maps, (9, 9, 1))
 
@@ -190,12 +188,10 @@ for size, averages in (("one token", lambda maps: maps), ("mean of 9 × 9 tokens
                      accuracy(averages(S_clean), label), min(chance), max(chance)))
     scores[size] = np.array(rows)
     affinities, directions, everything, control, low, high = scores[size].mean(0)
-    chosen = "above" if affinities > high else "below" if affinities < low else "within"
-    print(f"{size}: affinities {affinities:.1%}, clean control {control:.1%}, all {C} features {everything:.1%},\n"
-          f"    {R} random directions {low:.1%} to {high:.1%}: the affinities are {chosen} their range")
+    print(f"{size}: affinities {affinities:.1%}, {R} random directions {low:.1%} to {high:.1%}, all {C} features "
+          f"{everything:.1%}, clean {control:.1%}")
 
-# %% jupyter={"source_hidden": true}
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(8, 2.5), sharey=True)
 for axis, (size, rows) in zip(axes, scores.items()):
     place = np.arange(1, len(rows) + 1)
     axis.errorbar(place, rows[:, 1], (rows[:, 1] - rows[:, 4], rows[:, 5] - rows[:, 1]), fmt="s", mfc="white",
@@ -219,10 +215,13 @@ plt.show()
 # ## 3. Taking the affinities away
 #
 # Replace each token's affinities by their mean over the image, $\bar s_r = \frac1N \sum_n s_{nr}$, with all weights as they are
-# (`level="image"`). The update is linear in $S$, so every token then gets the same one, the mean of all updates; the layer
-# becomes a shift of the image's channels, as a descriptor makes it:
+# (`level="image"`). The update is linear in $S$, so every token then gets the mean of all updates; the layer becomes a shift of
+# the image's channels:
 #
 # $$y_n = x_n + \frac{1}{\sqrt R} \sum_r \bar s_r\, u_r = x_n + \frac1N \sum_m (y^{\text{token}}_m - x_m) .$$
+#
+# For scale, the layers can also be silenced, $U = 0$, so that no token gets anything. PSNR of whole images, and of each region,
+# against the layers as trained:
 
 # %% jupyter={"source_hidden": true}
 # Check: with averaged affinities every token gets the mean of all updates; the parameters are the same, read otherwise.
@@ -233,30 +232,22 @@ update = (y_token - x).mean((1, 2), keepdims=True)
 assert close(y_image, x + update) and np.abs(y_token - x - update).max() > 1e-3
 assert nafnet.shapes(averaged) == nafnet.shapes(config)
 
-# %% [markdown]
-# For scale, the layers can also be silenced, $U = 0$, so that no token gets anything. PSNR of whole images, and of each region:
-
-# %%
 table, by_region = [], []
-for title, image, mask, clean in patchworks:
+for _, image, mask, clean in patchworks:
     outputs = [restore_rgb(image, p, *variant) for variant in variants.values()]
     table.append([evaluation.psnr(y, clean) for y in outputs])
     by_region.append([[evaluation.psnr(y[mask.argmax(-1) == k], clean[mask.argmax(-1) == k]) for k in range(len(NAMES))]
                       for y in outputs])
-    print(f"{title:12s} degraded {evaluation.psnr(image, clean):.2f} dB   "
-          + "   ".join(f"{name} {value:.2f}" for name, value in zip(variants, table[-1])))
 table, by_region = np.array(table), np.array(by_region)
-print()
 for i, name in list(enumerate(variants))[1:]:
     lost, parts = table[:, i] - table[:, 0], (by_region[:, i] - by_region[:, 0]).mean(0)
     print(f"{name}: {lost.mean():+.2f} dB, from {lost.min():+.2f} to {lost.max():+.2f}; by region "
           + ", ".join(f"{part} {value:+.2f}" for part, value in zip(NAMES, parts)))
 
 # %% [markdown]
-# What is lost is how much *these* weights rely on the layer. If it were next to nothing, no map of theirs would matter, however
-# pretty. It does not say that a network trained without would be worse: that one would have arranged itself. The fair contest is
-# between trained networks ([notebook 8](08_does_it_hold.ipynb)). And these are a few patchworks, one set of weights and, for the
-# maps, its last layer: enough to distrust a pretty map, too little for a law.
+# What is lost is how much *these* weights rely on the layer. It does not say that a network trained without would be worse: that
+# one would have arranged itself. The fair contest is between trained networks ([notebook 8](08_does_it_hold.ipynb)). These are a
+# few patchworks, one set of weights and, for the maps, its last layer: enough to distrust a pretty map, too little for a law.
 
 # %% [markdown]
 # ## Exercises

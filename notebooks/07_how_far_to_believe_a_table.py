@@ -41,12 +41,12 @@ draw, worlds = np.random.default_rng(0), 60
 tables = draw.normal(size=(worlds, 5, 1)) + draw.normal(size=(worlds, 1, 3))    # parts of the seeds and of the photographs
 found = np.array([(table.mean(), *comparison.interval(table)) for table in tables])
 missed = (found[:, 1] > 0) | (found[:, 2] < 0)
-figure, axis = plt.subplots(figsize=(8, 2.6))
+figure, axis = plt.subplots(figsize=(8, 2.3))
 for group, style, text in ((~missed, "oC0", "holds the truth"), (missed, "DC1", "misses it")):
     mean, low, high = found[group].T
     axis.errorbar(np.flatnonzero(group), mean, (mean - low, high - mean), fmt=style[0], color=style[1:], ms=3, label=text)
 axis.axhline(0, color="0.3", lw=1, ls="-")
-axis.set(xlabel="world", ylabel="difference (dB)", xticks=[], ylim=(-4.5, 3),
+axis.set(xlabel="world", ylabel="difference (dB)", xticks=[], ylim=(-5.5, 3),
          title=f"Of {worlds} intervals that say 95 %, {missed.sum()} miss the truth, 0: {100 * missed.mean():.0f} %, not 5 %")
 axis.legend(loc="lower right", ncols=2)
 plt.show()
@@ -58,7 +58,7 @@ plt.show()
 # training run, with the mean over the test photographs and entries:
 
 # %% jupyter={"source_hidden": true}
-figure, axes = plt.subplots(1, len(seeds), figsize=(2 + 1.9 * len(seeds), 3.2), sharey=True, squeeze=False)
+figure, axes = plt.subplots(1, len(seeds), figsize=(2 + 1.9 * len(seeds), 2.6), sharey=True, squeeze=False)
 for axis, (suite, found) in zip(axes[0], T[view].items()):
     for place, adapter in enumerate(adapters):
         runs = found[adapter].mean((1, 2))
@@ -73,23 +73,20 @@ plt.show()
 for suite, found in T[view].items():
     table = np.array([found[adapter].mean((1, 2)) for adapter in adapters])                    # (adapters, seeds)
     place = 1 + (table > table[-1]).sum(0)
-    best = [adapters[i] for i in table.argmax(0)]
     print(f"{suite:10s} spread over seeds {np.sqrt(table.var(1, ddof=1).mean()):.2f} dB, of the adapters' means "
-          f"{table.mean(1).std(ddof=1):.2f} dB; CEA's place: {', '.join(map(str, place))}; the best: {', '.join(best)}")
+          f"{table.mean(1).std(ddof=1):.2f} dB; CEA's place: {', '.join(map(str, place))}")
 
 # %% [markdown]
 # The first two numbers are standard deviations (the spread over seeds as the root of the mean variance). Where they are alike, a
-# single seed mostly measures itself. The place is CEA's among all, from each seed alone. If it jumps, or the winners change, one
-# seed would have told a story that the next one takes back.
+# single seed mostly measures itself. The place is CEA's among all, from each seed alone.
 #
 # **Pairing.** Some of the scatter is common to all adapters: an easy photograph is easy for everyone, and perhaps a lucky seed is
 # lucky for everyone. A difference $a - b$ taken seed by seed, or photograph by photograph, loses the common part:
 #
 # $$\operatorname{Var}(a - b) = \operatorname{Var} a + \operatorname{Var} b - 2 \operatorname{Cov}(a, b) .$$
 #
-# Without pairs (the seeds of $a$ in another order than those of $b$) the covariance would be zero and the variances would add up.
-# Pairing helps where the covariance is positive. It is not bound to be: with a negative one the paired differences scatter
-# *more*, and then this is the truth about them.
+# Without pairs (the seeds of $a$ in another order than those of $b$) the covariance would be zero. Pairing helps where it is
+# positive. With a negative one the paired differences scatter *more*, and then this is the truth about them.
 
 # %%
 def pairing(a, b):
@@ -99,8 +96,9 @@ def pairing(a, b):
     return np.sqrt((a - b).var(ddof=1)), np.sqrt(va + vb)
 
 
-print("standard deviation of (adapter - CEA) in dB, root of the mean variance over the rivals\n")
-print(f"{'':12s}{'over seeds':>22s}{'over photographs':>26s}\n{'':12s}" + f"{'paired':>12s}{'unpaired':>12s}" * 2)
+# %% jupyter={"source_hidden": true}
+print(f"{'rival - CEA':12s}{'over seeds':>22s}{'over photographs':>26s}\n"
+      f"{'sd in dB':12s}" + f"{'paired':>12s}{'unpaired':>12s}" * 2)
 for suite, found in T[view].items():
     columns = []
     for axis in (0, 1):
@@ -110,8 +108,7 @@ for suite, found in T[view].items():
     print(f"{suite:12s}" + "".join(f"{value:12.3f}" for value in columns))
 
 # %% [markdown]
-# The right half is why every test uses the same photographs for all: what makes one harder than another is common to all of them.
-# The left half says what the same batches bought, if anything.
+# The right half is why every test uses the same photographs for all. The left half says what the same batches bought.
 #
 # ## 2. The bootstrap over seeds and photographs
 #
@@ -119,15 +116,11 @@ for suite, found in T[view].items():
 # the mean over the entries), and $\bar d$ their mean. How far might $\bar d$ be from the mean over *all* seeds and all such
 # photographs? The *bootstrap* (Efron 1979) lets the sample stand for the world it came from: draw as many seeds and as many
 # photographs anew, with replacement (some twice, others not at all), take the mean, repeat 10000 times. The middle 95 % of these
-# means are the interval:
+# means are the interval, all of [`interval`](../tinycea/lab/comparison.py):
 #
 # $$d^*_b = \frac{1}{SF} \sum_{i=1}^{S} \sum_{j=1}^{F} d_{s_i f_j}, \qquad
 # s_i \text{ and } f_j \text{ drawn anew for each } b, \qquad
 # \big[\, q_{2.5\%}(d^*),\; q_{97.5\%}(d^*) \,\big] .$$
-#
-# That is all of [`interval`](../tinycea/lab/comparison.py). A drawing only decides how often each run counts: with $v_b$ the
-# shares of the seeds and $w_b$ those of the photographs, all drawings of many tables are one product, $d^*_b = v_b^\top d\, w_b$,
-# which the simulations below will want.
 
 # %%
 suite = list(seeds)[-1]
@@ -141,7 +134,9 @@ ours = np.quantile(means, (0.025, 0.975))
 assert close(ours, comparison.interval(d))
 print(f"{suite}, descriptor minus CEA: {d.mean():+.3f} dB, 95 % interval [{ours[0]:+.3f}, {ours[1]:+.3f}]")
 
-
+# %% jupyter={"source_hidden": true}
+# Check: a drawing only decides how often each run counts. With v_b the shares of the seeds and w_b those of the photographs, all
+# drawings of many tables are one product, v_b^T d w_b.
 def shares(n, draws, rng):
     """How much each of n counts in each drawing of n, with replacement: (draws, n), rows that sum to 1."""
     drawn = rng.integers(n, size=(draws, n))
@@ -159,12 +154,12 @@ def intervals(tables, draws=2000):
 assert close(intervals(d[None], 10_000)[:, 0], ours)
 
 # %% [markdown]
-# **Why photographs are drawn, and not crops.** Many crops can be cut out of few photographs. Drawing among crops gives pleasantly
-# short intervals, and wrong ones: 48 crops of one cat are not 48 pictures of the world. A world where we know the truth: three
-# photographs, each with a difference of its own (standard deviation 1 dB) around a true mean of 0, and 48 crops of each that
-# scatter around it by 2 dB.
+# **Why photographs are drawn, and not crops.** Drawing among many crops of few photographs gives pleasantly short intervals, and
+# wrong ones: 48 crops of one cat are not 48 pictures of the world. A world where we know the truth: three photographs, each with
+# a difference of its own (standard deviation 1 dB) around a true mean of 0, and 48 crops of each that scatter around it by 2 dB.
 
-# %%
+# %% jupyter={"source_hidden": true}
+# Check: drawn as crops, and as photographs.
 rng = np.random.default_rng(1)
 photo_part, crop_part = rng.normal(0, 1, (1000, 3, 1)), rng.normal(0, 2, (1000, 3, 48))
 world = photo_part + crop_part
@@ -181,8 +176,7 @@ print(f"how many of 1000 intervals hold the truth: drawing 144 crops {as_crops:.
 assert as_crops < as_photos - 0.15 and as_photos < 0.9
 
 # %% [markdown]
-# More crops per photograph make it worse: the interval shrinks to the mean over these three photographs, and the world has
-# others. But drawing photographs does not give 95 % either.
+# But drawing photographs does not give 95 % either.
 #
 # ## 3. How often does the interval hold the truth?
 #
@@ -194,12 +188,12 @@ assert as_crops < as_photos - 0.15 and as_photos < 0.9
 # $$\Big(\frac13\Big)^3 = 3.7\,\% > 2.5\,\% \;\Rightarrow\; \big[ d_1, d_3 \big], \qquad
 # P\big(d_1 \le \delta \le d_3\big) = 1 - 2 \cdot \Big(\frac12\Big)^3 = 75\,\% .$$
 
-# %%
+# %% jupyter={"source_hidden": true}
+# Check: this case, 2000 times.
 only_photos = np.repeat(rng.normal(0, 1, (2000, 1, 3)), 5, 1)       # (experiments, seeds, photographs), all seeds alike
 low, high = intervals(only_photos)
 assert close(low, only_photos.min((1, 2))) and close(high, only_photos.max((1, 2)))
 assert close(comparison.interval(only_photos[0]), (low[0], high[0]))
-print(f"5 seeds that agree, 3 photographs: {coverage(only_photos):.1%}")
 assert abs(coverage(only_photos) - 0.75) < 0.03
 
 # %% [markdown]
@@ -208,11 +202,14 @@ assert abs(coverage(only_photos) - 0.75) < 0.03
 #
 # $$d_{sf} = \delta + \alpha_s + \beta_f + \varepsilon_{sf} .$$
 #
-# How large are they in our lines? The variance of the means over the photographs is $\sigma_\alpha^2 + \sigma_\varepsilon^2 / F$,
-# that of the means over the seeds $\sigma_\beta^2 + \sigma_\varepsilon^2 / S$, and what is left after taking both off estimates
-# $\sigma_\varepsilon^2$. Solved for the three (estimates may be negative, which stands for zero):
+# In our lines the variance of the means over the photographs is $\sigma_\alpha^2 + \sigma_\varepsilon^2 / F$, that of the means
+# over the seeds $\sigma_\beta^2 + \sigma_\varepsilon^2 / S$, and what is left after taking both off estimates
+# $\sigma_\varepsilon^2$: solve for the three (estimates may be negative, which stands for zero). Then draw 2000 tables with these
+# spreads and a known truth: how often does the interval hold it? First for 5 seeds, 3 photographs and made-up spreads. The last
+# column is the remedy: by what factor the two arms would have to be longer to hold the truth in 95 % of the cases.
 
-# %%
+# %% jupyter={"source_hidden": true}
+# Check: the estimates where the spreads are known; the coverage does not depend on the truth.
 def components(d):
     """Estimates of the three variances from tables (..., seeds, photographs)."""
     S, F = d.shape[-2:]
@@ -233,18 +230,11 @@ assert np.allclose(components(simulate(3, 2, 1, count=20_000)).mean(1), (9, 4, 1
 differences = {(suite, view): {rival: found[rival] - found["cea"] for rival in RIVALS}
                for view in T for suite, found in T[view].items()}
 spread = {}
-print("standard deviations in dB, from the mean variance over the rivals")
 for case, found in differences.items():
     variances = np.mean([components(table.mean(-1)) for table in found.values()], 0)
     spread[case] = np.sqrt(np.maximum(variances, 0))
-    print(f"{', '.join(case):26s} seeds {{:.3f}}   photographs {{:.3f}}   rest {{:.3f}}".format(*spread[case]))
 
-# %% [markdown]
-# Now the same model with a known truth, 2000 times: how often does the interval hold it? First for 5 seeds, 3 photographs and
-# made-up spreads, then for as many as in the lines and the spreads just estimated. The last column is the remedy: by what factor
-# the two arms of the interval would have to be longer to hold the truth in 95 % of the cases.
 
-# %%
 def stretch(tables, truth=0.0):
     """The factor on both arms of the intervals that would make 95 % of them hold the truth."""
     mean, (low, high) = tables.mean((1, 2)), intervals(tables)
@@ -255,17 +245,18 @@ def stretch(tables, truth=0.0):
 covered, factor = {}, {}
 cases = {"only seeds differ": (1, 0, 0), "only photographs differ": (0, 1, 0), "both differ alike": (1, 1, 0),
          "only a rest": (0, 0, 1)}
-print(f"{'':30s}{'coverage':>9s}{'stretch':>9s}")
+print(f"{'standard deviations in dB:':26s}{'seeds':>8s}{'photos':>8s}{'rest':>8s}{'coverage':>10s}{'stretch':>9s}")
 for case, sds in (cases | spread).items():
     S, F, _ = shape[case[0]] if case in spread else (5, 3, 1)
     tables = simulate(*sds, S, F)
     covered[case], factor[case] = coverage(tables), stretch(tables)
-    print(f"{case if case in cases else 'as in ' + ', '.join(case):30s}{covered[case]:9.1%}{factor[case]:9.2f}")
+    print(f"{case if case in cases else ', '.join(case):26s}" + "".join(f"{sd:8.3f}" for sd in sds)
+          + f"{covered[case]:10.1%}{factor[case]:9.2f}")
 assert all(covered[case] < 0.93 for case in list(cases)[:3])
 assert covered["only photographs differ"] < covered["only seeds differ"] < 0.9
 assert abs(coverage(2 + simulate(1, 1, 0), 2) - covered["both differ alike"]) < 1e-9        # whatever the truth is
 
-figure, axis = plt.subplots()
+figure, axis = plt.subplots(figsize=(7, 2.6))
 numbers = (2, 3, 5, 10, 30, 100)
 for case, marker in zip(cases, "osD^"):
     axis.plot(numbers, [coverage(simulate(*cases[case], F=n, count=1000)) for n in numbers], marker=marker, label=case)
@@ -305,17 +296,17 @@ for i, true in enumerate((1 / S, 1 / F, 1 / (S * F))):
     assert np.isclose(tables.mean((1, 2)).var(), true, rtol=0.1)
 
 # %% [markdown]
-# And even with the right variance the quantiles would be too close, since the variance of so few is itself a guess. More
-# photographs cure what comes from photographs, more seeds what comes from seeds; neither replaces the other. Two limits remain
-# that no formula mends: the spreads put in were estimated from the same few runs, and the test photographs were not drawn at
-# random from anything.
+# And even with the right variance the quantiles would be too close, since the variance of so few is itself a guess. Two limits
+# remain that no formula mends: the spreads put in were estimated from the same few runs, and the test photographs were not drawn
+# at random from anything.
 #
 # ## 4. What that leaves of the table
 #
 # If the interval of a difference holds 0, these runs do not tell who is ahead. Count the rest twice, with the intervals as they
-# are, and with both arms stretched by the factor of section 3 for the suite and the view (never shortened):
+# are, and with both arms stretched by the factor of section 3 for the suite and the view (never shortened). What the table says,
+# with these doubts in mind, is [notebook 8](08_does_it_hold.ipynb).
 
-# %%
+# %% jupyter={"source_hidden": true}
 def decided(found, longer=1.0):
     """How many rivals are behind CEA, ahead of it, or neither, by intervals with arms so many times longer."""
     signs = []
@@ -326,12 +317,11 @@ def decided(found, longer=1.0):
     return " / ".join(str(signs.count(sign)) for sign in (-1, 1, 0))
 
 
-print(f"of {len(RIVALS)} rivals: behind CEA / ahead of CEA / undecided\n{'':24s}{'as they are':>14s}{'stretched':>14s}")
-for case, found in differences.items():
-    print(f"{', '.join(case):24s}{decided(found):>14s}{decided(found, max(1, factor[case])):>14s}")
-
-# %% [markdown]
-# What the table says, with these doubts in mind, is [notebook 8](08_does_it_hold.ipynb).
+print(f"of {len(RIVALS)} rivals: behind CEA / ahead of CEA / undecided\n{'':12s}"
+      + "".join(f"{name:>13s}{'stretched':>13s}" for name in T))
+for suite in seeds:
+    print(f"{suite:12s}" + "".join(f"{decided(found):>13s}{decided(found, max(1, factor[case])):>13s}"
+                                   for case, found in differences.items() if case[0] == suite))
 
 # %% [markdown]
 # ## Exercises
@@ -385,10 +375,11 @@ assert 0.05 < one < any_of_seven < best
 # Solution
 # It answers: what would other seeds give on these photographs? For that its truth is the mean over these photographs,
 # and it is right not to draw them. For the question of other photographs it is too narrow.
-for (suite, view), found in differences.items():
-    both = [np.ptp(comparison.interval(table.mean(-1))) for table in found.values()]
-    alone = [np.ptp(comparison.interval(table.mean(-1).mean(1, keepdims=True))) for table in found.values()]
-    print(f"{suite + ', ' + view:24s} seeds alone: {np.median(np.divide(alone, both)):.2f} times the width (median)")
+for suite in seeds:
+    tables = [table.mean(-1) for table in differences[suite, view].values()]
+    both = [np.ptp(comparison.interval(table)) for table in tables]
+    alone = [np.ptp(comparison.interval(table.mean(1, keepdims=True))) for table in tables]
+    print(f"{suite:10s} seeds alone: {np.median(np.divide(alone, both)):.2f} times the width (median)")
 tables = simulate(1, 1, 0)
 alone, both = coverage(tables.mean(2, keepdims=True)), covered["both differ alike"]
 print(f"coverage of the truth about all photographs, spreads alike: seeds alone {alone:.0%}, seeds and photographs {both:.0%}")
