@@ -47,3 +47,18 @@ publish ablation table --split validation --suites aio5 patchwork --seeds 2 --ad
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 $now
 publish told longer --suites aio5 --adapters $adapters --seeds 1 --steps 4000 $now
+
+# Rates, on the validation hundred: one table of all lines.
+mkdir -p data/results/rates
+rates() { tinycea compare --split validation --out runs/rates $now "$@"; }
+rates --suites aio5 --seeds 3 --adapters none
+rates --suites aio5 --seeds 3 --adapters cea --rates 0.01 0.03 0.1 0.3 1
+rates --suites aio5 --seeds 3 --adapters cea-softmax --rates 0.1 0.3 1
+rates --suites aio5 --seeds 2 --adapters descriptor mlp --rates 0.03 0.1 0.3
+rates --suites cdd11 --seeds 2 --adapters none
+rates --suites cdd11 --seeds 2 --adapters cea --rates 0.000001 0.03 0.1 0.3 1
+rates --suites cdd11 --seeds 2 --adapters descriptor mlp --rates 0.03 0.1 0.3
+rates --suites patchwork --seeds 1 --adapters none
+rates --suites patchwork --seeds 1 --adapters cea descriptor mlp --rates 0.03 0.1 0.3
+python -c 'from tinycea.lab.comparison import finished, format_rows, rows; print(format_rows(rows(finished("runs/rates"))))' \
+    > data/results/rates/table.txt
