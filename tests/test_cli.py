@@ -296,6 +296,17 @@ def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
     assert np.abs(restore(pixels, model, 0).astype(int) - restore(pixels, model, 256)).max() <= 1
 
 
+def test_a_flat_picture_stays_flat_up_to_its_border():
+    for centered in (True, False):
+        config = NAFNetConfig(width=4, middle=1, encoders=(), decoders=(), sca=False, adapter=None, centered=centered)
+        p = init(config, np.random.default_rng(0))
+        for value in p.values():
+            value += np.random.default_rng(1).normal(0, 0.1, value.shape)
+        restored = restore(np.full((40, 30, 3), 0.6), Model(p, config))
+        spread = np.ptp(restored.reshape(20, 2, 15, 2, 3), (0, 2)).max()                  # over 2 x 2 pixels' four places each
+        assert spread < 1e-6 if centered else spread > 1e-3                               # a NAFNet sees the zeros it is used to
+
+
 @pytest.mark.parametrize("window", [-1, 255, 256.0, None])
 def test_a_window_that_is_none_is_refused(window):
     with pytest.raises(InputError, match="window is"):

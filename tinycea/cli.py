@@ -40,7 +40,7 @@ def parser():
     sub.add_argument("--test", type=path, metavar="DIR", help="test on a folder's last hundred photographs by name instead")
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
-    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, or several joined by + (default aio5)")
+    sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, lens, or some joined by + (default aio5)")
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
                      "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
@@ -55,7 +55,7 @@ def parser():
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 
     sub = command(compare, "train adapters on the same batches, test them, and print what each buys (45 minutes by default)")
-    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday (default the first four)")
+    sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday, lens (default: first four)")
     sub.add_argument("--adapters", nargs="+", help="as train's --adapter, and told, the ceiling: it is given what each "
                      "pixel has (default wider and cea with its rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")

@@ -211,7 +211,8 @@ SUITES = {
     "cdd11": ["low", "haze", "rain", "snow", "low+haze", "low+rain", "low+snow", "haze+rain", "haze+snow",
               "low+haze+rain", "low+haze+snow"],
     "patchwork": ["patchwork"], "stains": ["stains", "stains-overlapping"],
-    "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"]}
+    "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"],
+    "lens": ["blur", "motion", "defocus"]}
 
 
 def compose(scene, names, rng, strength=1.0):

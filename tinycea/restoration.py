@@ -16,7 +16,8 @@ from .zoo import WEIGHTS, Model, load_model
 
 WINDOW = 512                                  # pixels a side of a window, at most
 OVERLAP, ALIGNED = 64, 16                     # pixels of two windows; where they may start
-BORDER = 12                                   # of a window, counts nothing where another one covers it: it saw zeros outside
+BORDER = 12                                   # of a window, counts nothing where another one covers it: it saw no neighbors
+MARGIN = 8                                    # mirrored pixels around what tinycea's own models see: beside zeros skies darken
 
 
 def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW, threads: int | None = None) -> np.ndarray:
@@ -30,13 +31,14 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     image, model = checked(image), model or shipped()
     if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
         raise InputError(f"window is {window!r}: expected 0 or an integer of at least {4 * OVERLAP}")
-    (height, width), result = image.shape[:2], np.empty_like(image)
+    (height, width), result, margin = image.shape[:2], np.empty_like(image), MARGIN * model.config.centered
     rows, columns = windows(height, window), windows(width, window)
     below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
 
     def restored(y, x, down, right):
-        part = image[y:y + len(down), x:x + len(right)]
-        return restore_rgb(as_rgb(part), *model) * (down[:, None, None] * right[:, None])
+        part = np.pad(as_rgb(image[y:y + len(down), x:x + len(right)]), ((margin, margin), (margin, margin), (0, 0)), "symmetric")
+        part = restore_rgb(part, *model)[margin:margin + len(down), margin:margin + len(right)]
+        return part * (down[:, None, None] * right[:, None])
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
             tqdm(total=len(rows) * len(columns), desc="restoring", unit="window", delay=2, leave=False, disable=None) as bar:
