@@ -207,7 +207,7 @@ SUITES = {
     "aio5": ["noise25", "rain", "haze", "blur", "low"],
     "cdd11": ["low", "haze", "rain", "snow", "low+haze", "low+rain", "low+snow", "haze+rain", "haze+snow",
               "low+haze+rain", "low+haze+snow"],
-    "patchwork": ["patchwork"], "stains": ["stains", "stains-overlapping"],
+    "patchwork": ["patchwork"], "lens": ["blur", "motion", "defocus"], "stains": ["stains", "stains-overlapping"],
     "everyday": ["noise15", "noise25", "noise50", "gray-noise", "jpeg", "rain", "snow", "blur", "haze", "low"]}
 
 

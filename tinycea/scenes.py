@@ -146,6 +146,8 @@ def varied(scene, rng):
     Without its maps: a photograph has none, and shall not be restored as if it were dead leaves.
     """
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
+    if rng.random() < 1 / 3:                   # overexposed: skies turn white
+        image = np.minimum(1, image * np.float32(rng.uniform(1, 2)))
     if rng.random() < 1 / 8:
         image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
     return Scene(image)
