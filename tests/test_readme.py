@@ -135,6 +135,19 @@ def test_the_verdict_is_the_tables():
     assert f"no adapter takes more than {max(most['mlp'], most['descriptor'])} % of that, CEA at most {most['cea']} %" in page
 
 
+def test_rates_and_the_control_are_the_table_s():
+    blocks = re.split(r"^(aio5|cdd11|patchwork), 1000 .*", (ROOT / "data/results/rates/table.txt").read_text("utf-8"), flags=re.M)
+    rows = {suite: re.findall(r"^(\w+(?:, rate \S+)?) +\d+ .* ([+-]\S+) \[([+-]\S+), ([+-]\S+)\] +[\d.]+ ", block, re.M)
+            for suite, block in zip(blocks[1::2], blocks[2::2])}
+    gains = {(suite, name): numbers for suite, found in rows.items() for name, *numbers in found}
+    page = " ".join(RESULTS.split())
+    assert "({} [{}, {}] at 0.03)".format(*gains["aio5", "cea, rate 0.03"]) in page
+    best = max(float(numbers[0]) for key, numbers in gains.items() if key[0] == "cdd11" and key[1].startswith("cea"))
+    assert f"{-best:.2f} dB behind on `cdd11`" in page
+    mean, low, high = (n.lstrip("+-") for n in gains["cdd11", "cea, rate 1e-06"])
+    assert f"is {mean} [{high}, {low}] dB behind none on `cdd11`" in page
+
+
 def test_the_intervals_of_gains_are_as_wide_as_said():
     text, page = (ROOT / "data/results/told/table.txt").read_text("utf-8"), " ".join(RESULTS.split())
     for suite in ("aio5", "cdd11", "patchwork"):

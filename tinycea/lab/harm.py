@@ -1,6 +1,6 @@
 """Does a restorer do harm? Every degradation, and none, on a hundred photographs: the mean gain, the worst, how many lost.
 
-    python -m tinycea.lab.harm FOLDER [--split validation] [--weights FILE] [--classical]
+    python -m tinycea.lab.harm FOLDER [--split validation] [--weights FILE] [--classical] [--count N]
 
 FOLDER is the 200 test images of BSDS500: the first hundred by name choose (validation), the last hundred test. --classical adds
 non-local means, told the noise, with the best of five strengths for each row; and BM3D, told it too, where `bm3d` is installed.
@@ -83,8 +83,9 @@ if __name__ == "__main__":
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--weights", default=str(WEIGHTS))
     parser.add_argument("--classical", action="store_true")
+    parser.add_argument("--count", type=int, default=100, help="of the photographs, the first so many")
     args = parser.parse_args()
-    count = len(known(args.folder, args.split, args.weights)[0])
+    count = min(vars(args).pop("count"), len(known(args.folder, args.split, args.weights)[0]))
     with pool(os.cpu_count()) as executor:
         found = executor.map(partial(judged, **vars(args)), range(count))
         results = list(tqdm(found, total=count, desc="photographs", disable=None))
