@@ -5,8 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 python data/weights.py
-cp runs/weights-9/model.safetensors tinycea/weights/default.safetensors
-cp runs/weights-9/result.json tinycea/weights/default.json
 tinycea demo -o data/demo.png
 mkdir -p data/results/harm
 python -m tinycea.lab.harm "$1" --classical > data/results/harm/test.txt
