@@ -31,7 +31,7 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     image, model = checked(image), model or shipped()
     if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
         raise InputError(f"window is {window!r}: expected 0 or an integer of at least {4 * OVERLAP}")
-    (height, width), result, margin = image.shape[:2], np.empty_like(image), MARGIN * model.config.centered
+    (height, width), result, margin = image.shape[:2], np.empty_like(image), MARGIN * model[1].centered
     rows, columns = windows(height, window), windows(width, window)
     below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
 
