@@ -9,6 +9,7 @@ from hostile.kills import kills
 from tinycea import zoo
 
 
+@pytest.mark.slow
 def test_a_thousand_inputs_end_as_they_should(tmp_path):
     fuzzer = Fuzzer(tmp_path, seed=11)
     problems = [problem for _ in range(1000) if (problem := fuzzer.problem())]
