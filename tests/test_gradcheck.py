@@ -240,6 +240,20 @@ def test_relative_error_is_the_size_of_the_mistake():
         assert [row.passed for row in rows] == [False, True, True]
 
 
+def test_rounding_does_not_choose_the_row_that_is_shown():
+    _, _, forward, backward, inputs = case("linear")
+    shown = [row.numeric for row in check_gradients(forward, backward, inputs)]
+    for rng in map(np.random.default_rng, range(5)):
+        def rounded(dy, cache):
+            return [g * (1 + 1e-9 * rng.normal(size=g.shape)) for g in backward(dy, cache)]
+        np.testing.assert_allclose([row.numeric for row in check_gradients(forward, rounded, inputs)], shown)
+
+        def wrong(dy, cache):
+            return [g * (1 + 0.1 * rng.normal(size=g.shape)) for g in backward(dy, cache)]
+        for row in check_gradients(forward, wrong, inputs):       # the direction that is wrong most
+            assert abs(row.analytic - row.numeric) > 1e-3 * abs(row.numeric)
+
+
 def test_large_arguments_use_directions_and_small_ones_the_jacobian():
     def method(x):
         return check_gradients(lambda x: (x * x, (x,)), lambda dy, cache: 2 * dy * cache[0], {"x": x})[0].method

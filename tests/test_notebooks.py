@@ -18,7 +18,6 @@ NAMES = sorted(path.stem for path in FOLDER.glob("0*.py") if not path.stem.endsw
 HEADLESS = os.environ | {"MPLBACKEND": "agg"}
 every = pytest.mark.parametrize("name", NAMES)
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?%?"
-SLOPES = rf"^([\w.]+) +{NUMBER} +{NUMBER} +{NUMBER} +({NUMBER} +ok)$"
 TIME = rf"(?<=measured at ){NUMBER}|{NUMBER}(?= ?(?:s|ms|μs|seconds)\b)"
 
 
@@ -29,12 +28,9 @@ def complaints(notebook):
 
 
 def printed(cell):
-    """A cell's output as text, without times, and without the slopes of `check_gradients`.
-
-    They are those of its worst direction; where all are right, rounding, and so the machine, says which that is.
-    """
+    """A cell's output as text, without times."""
     outputs = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])]
-    return re.sub(TIME, "TIME", re.sub(SLOPES, r"\1 \2", "\n".join(outputs), flags=re.M))
+    return re.sub(TIME, "TIME", "\n".join(outputs))
 
 
 def near(a, b):
@@ -80,9 +76,6 @@ def test_a_stale_output_is_seen(a, b, same):
     assert alike(a, b) == same
     assert printed({"outputs": [{"text": "took 1.5 s, crossing measured at 2.7 R, 3.1 dB"}]}) == (
         "took TIME s, crossing measured at TIME R, 3.1 dB")
-    report = "{}                     -1.878246e-01 -1.878246e-01    3.2e-12  2.000  {}"
-    assert printed({"outputs": [{"text": report.format("U", "ok")}]}) == "U 2.000  ok"
-    assert printed({"outputs": [{"text": report.format("U", "FAILED")}]}) == report.format("U", "FAILED")
 
 
 @every
