@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 
 from tinycea import train
+from tinycea.degradations import suite
 from tinycea.evaluation import evaluate, table, test_set
-from tinycea.feed import entries_of
 from tinycea.restoration import restore_rgb
 from tinycea.runtime import write_json
-from tinycea.training import recipe_for
 from tinycea.zoo import WEIGHTS, load_model, save_model
 
 ALL, LENS = "everyday+cdd11+patchwork", "everyday+lens"
@@ -39,10 +38,11 @@ def mean(first, second, path):
     save_model(path, p, config)
 
 
-def publish(path, recipe, result):
-    """Write the model at `path` and its result.json as the package's, with a table of its own: a mean has had no run."""
-    (p, config), rows = load_model(path), test_set((*entries_of(recipe), "clean"))
-    rows = table(list(evaluate(lambda image, entry: restore_rgb(image, p, config), rows)))
+def publish(path, result):
+    """Write the model at `path` and a run's result.json as the package's, with a table of its own: a mean has had no run."""
+    p, config = load_model(path)
+    tests = test_set((*suite(BOTH), "clean"))
+    rows = table(list(evaluate(lambda image, entry: restore_rgb(image, p, config), tests)))
     save_model(WEIGHTS, p, config, table=rows)
     write_json(WEIGHTS.with_suffix(".json"), json.loads(Path(result).read_text()) | {"rows": rows})
 
@@ -56,4 +56,4 @@ if __name__ == "__main__":
         if not Path(folder, "result.json").exists():
             train(folder, resume=Path(folder).exists(), start=start, **SHARED | recipe)
     mean(start, f"{folder}/model.safetensors", "runs/mean-11.safetensors")
-    publish("runs/mean-11.safetensors", recipe_for(**SHARED | recipe), f"{folder}/result.json")
+    publish("runs/mean-11.safetensors", f"{folder}/result.json")

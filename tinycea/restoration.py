@@ -25,7 +25,8 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
 
     image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), gray or color, with or without alpha, any size from 1 x 1 up.
     model: what `load_model` read; None: the weights in the package. window: an image with longer sides is cut into overlapping
-    windows of at most so many pixels a side, blended linearly; 0: it stays whole. threads: how many restore a window each; None:
+    windows of at most so many pixels a side, blended linearly; 0: it stays whole. What tinycea's own models see is mirrored at
+    its border, MARGIN wide; a NAFNet sees zeros there, as its authors feed it. threads: how many restore a window each; None:
     one for each core. Their number changes no byte. InputError for anything else, and for NaN.
     """
     image, model = checked(image), model or shipped()

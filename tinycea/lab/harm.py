@@ -83,7 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--weights", default=str(WEIGHTS))
     parser.add_argument("--classical", action="store_true")
-    parser.add_argument("--count", type=int, default=100, help="of the photographs, the first so many")
+    parser.add_argument("--count", type=int, default=100, choices=range(1, 101), metavar="N", help="photographs, the first ones")
     args = parser.parse_args()
     count = min(vars(args).pop("count"), len(known(args.folder, args.split, args.weights)[0]))
     with pool(os.cpu_count()) as executor:
