@@ -60,5 +60,8 @@ rates --suites cdd11 --seeds 2 --adapters cea --rates 0.000001 0.03 0.1 0.3 1
 rates --suites cdd11 --seeds 2 --adapters descriptor mlp --rates 0.03 0.1 0.3
 rates --suites patchwork --seeds 1 --adapters none
 rates --suites patchwork --seeds 1 --adapters cea descriptor mlp --rates 0.03 0.1 0.3
-python -c 'from tinycea.lab.comparison import finished, format_rows, rows; print(format_rows(rows(finished("runs/rates"))))' \
-    > data/results/rates/table.txt
+python - > data/results/rates/table.txt <<'END'
+from tinycea.lab.comparison import finished, format_rows, rows
+from tinycea.runtime import machine
+print(format_rows(rows(finished("runs/rates"))), machine(), sep="\n")
+END

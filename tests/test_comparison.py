@@ -222,6 +222,13 @@ def test_a_seed_that_cea_lacks_is_left_out_of_the_difference():
     assert other["minus_cea"]["all"] == (1.5, 1.5, 1.5) and cea["sd"] is None
 
 
+def test_of_several_rates_the_usual_one_is_what_others_are_held_against():
+    fast = [line | {"recipe": line["recipe"] | {"adapter_lr": 1.0}} for line in lines(cea=10)]
+    *_, other = compare.rows(fast + lines(cea=20, wider=21.5))
+    assert other["minus_cea"]["all"] == (1.5, 1.5, 1.5)
+    assert compare.rows(fast + lines(wider=21.5))[-1]["minus_cea"]["all"] == (11.5, 11.5, 11.5)
+
+
 def test_the_ceiling_is_what_a_told_network_gains_if_it_gains():
     none, told, half, cea = compare.rows(lines(none=20, told=24, mlp=22, cea=23))
     assert [row["ceiling"] for row in (none, told, half, cea)] == [4] * 4 and half["minus_none"]["all"] == (2, 2, 2)

@@ -329,7 +329,8 @@ def rows(lines, view=None):
                "milliseconds": float(np.median([run["milliseconds_per_step"] for run in runs.values()])) if steps else None}
         for base in ("cea", "none"):
             same = base + ":sca=false" * ("sca=false" in adapter)
-            other = next((other for key, other in found.items() if key[:3] == (suite_name, steps, same)), {})
+            usual = found.get((suite_name, steps, same, recipe_for(same).adapter_lr))       # of several rates
+            other = usual or next((other for key, other in found.items() if key[:3] == (suite_name, steps, same)), {})
             both = sorted(set(other) & set(runs))
             if both and adapter != same:
                 ahead = np.array([matrix(runs[seed], view) - matrix(other[seed], view) for seed in both])
