@@ -135,6 +135,16 @@ def test_the_verdict_is_the_tables():
     assert f"no adapter takes more than {max(most['mlp'], most['descriptor'])} % of that, CEA at most {most['cea']} %" in page
 
 
+def test_the_last_networks_are_those_of_the_validation_table():
+    _, *blocks = re.split(r"^runs/.*$", (ROOT / "data/results/harm/validation.txt").read_text("utf-8"), flags=re.M)
+    shown = re.findall(r"^  \| (?:seventh|eighth|ninth|tenth|mean of)[^|]*\| (.*) \|$", RESULTS, re.M)
+    assert len(shown) == len(blocks) - 1 == 7                     # the first is without the mirrored border
+    for line, block in zip(shown, blocks[1:]):
+        rows = {row[:28].strip(): row[28:].split() for row in block.splitlines()}
+        assert line.split(" | ") == [rows["clean"][0], *(rows[name][2] for name in ("jpeg, quality 40", "noise25", "haze", "low",
+                                                                                    "low+snow")), rows["blur"][3]]
+
+
 def test_rates_and_the_control_are_the_table_s():
     blocks = re.split(r"^(aio5|cdd11|patchwork), 1000 .*", (ROOT / "data/results/rates/table.txt").read_text("utf-8"), flags=re.M)
     rows = {suite: re.findall(r"^(\w+(?:, rate \S+)?) +\d+ .* ([+-]\S+) \[([+-]\S+), ([+-]\S+)\] +[\d.]+ ", block, re.M)
