@@ -12,7 +12,7 @@ def finish(recipe, p, log, out):
 
 if __name__ == "__main__":
     training.finish, folder = finish, Path(sys.argv[1])
+    resume, finished = (folder / "state.safetensors").exists(), (folder / "weights").exists()
     with runtime.ranks() as acting:
-        if acting:
-            resume = (folder / "state.safetensors").exists()
+        if acting and (resume or not finished):              # it may have been killed with its work done
             training.train(folder, resume=resume, steps=int(sys.argv[2]), batch=4, patch=16, scenes=1)

@@ -26,7 +26,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 def started(job, out):
     script, *rest = JOBS[job]
-    return subprocess.Popen([sys.executable, script, out, *rest], stderr=subprocess.DEVNULL, env={**os.environ, "TINY": str(out)})
+    with open(f"{out}.stderr", "w") as stderr:
+        return subprocess.Popen([sys.executable, script, out, *rest], stderr=stderr, env={**os.environ, "TINY": str(out)})
 
 
 def alive(out):
@@ -78,7 +79,7 @@ def disturbed(job, out, seconds, count, rng):
         if process.returncode == 0:
             break
     if process.returncode:
-        problems.append(f"{job}: the same command ends with {process.returncode}")
+        problems.append(f"{job}: the same command ends with {process.returncode}: {Path(f'{out}.stderr').read_text()[-300:]}")
     return problems, outcome(out), hits
 
 
