@@ -18,29 +18,33 @@ from ..runtime import machine
 from ..scenes import Scene, crop, photographs
 from ..training import Recipe
 from ..zoo import load_model
-from .comparison import compare, grid, interval, model_path
+from .comparison import LABELS, compare, degrader, grid, interval, model_path
 
 # Rates relative to the network's, chosen on the validation half: 0.1 and 0.3 for CEA, the rivals' own of `tinycea compare`.
 MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "prompt": 0.3, "experts-token": 0.3,
-          "cea:norm=token,tokens=Xhat": 0.3, "cea-image": 0.3, "cea-softmax": 0.3, "cea": 0.3}
-BARE = tuple(f"{name}:sca=false" for name in ("none", "wider", "mlp", "descriptor", "prompt", "cea-softmax", "cea"))
+          "cea:norm=token,tokens=Xhat": 0.3, "cea:norm=image,tokens=Xhat": 0.3, "cea:norm=token,tokens=X": 0.3,
+          "cea-image": 0.3, "cea-softmax": 0.3, "cea": 0.3}
+BARE = ("none", "wider", "mlp", "descriptor", "prompt", "cea-softmax", "cea")         # without SCA too
+GUIDED = ("none", "mlp", "descriptor", "cea-softmax", "cea")                          # and given the amounts: nothing to recognize
+OPTIONS = {"": MODELS, ":sca=false": BARE, f":told={len(LABELS)}": GUIDED}
 SIDES = (48, 96, 192)
 
 
-def tested(restorer, split, photos):
+def tested(restorer, split, photos, degrade):
     """Entry -> side -> PSNR in dB of a random crop of each photograph of a folder."""
     found = {entry: {str(side): [] for side in SIDES} for entry in suite("stains")}
     for entry, side, (i, photo) in product(found, SIDES, enumerate(photographs(split, photos).values())):
         rng = np.random.default_rng([TEST_SEED, i, side, *entry.encode()])
         scene = crop(Scene(photo), side, rng)
-        found[entry][str(side)].append(psnr(restorer(apply(scene, entry, rng)), scene.image))
+        found[entry][str(side)].append(psnr(restorer(degrade(scene, entry, rng)), scene.image))
     return found
 
 
 def test_model(recipe, folder, split):
     """The line of a trained network."""
     model = load_model(model_path(recipe, folder))
-    return {"recipe": asdict(recipe), "split": str(split), "psnr": tested(lambda image: restore_rgb(image, *model), *split)}
+    values = tested(lambda image: restore_rgb(image, *model), *split, degrader(recipe.adapter))
+    return {"recipe": asdict(recipe), "split": str(split), "psnr": values}
 
 
 def report(lines):
@@ -51,7 +55,7 @@ def report(lines):
     for entry in suite("stains"):
         yield f"\n{entry:28s}" + "".join(f"{side:7d} x {side:<20d}" for side in SIDES)
         for adapter, runs in found.items():
-            none, text = found.get("none:sca=false" if "sca=false" in adapter else "none", {}), f"{adapter:28s}"
+            none, text = found.get("none" + next(filter(adapter.endswith, list(OPTIONS)[::-1])), {}), f"{adapter:28s}"
             for side in map(str, SIDES):
                 values = np.array([run[entry][side] for run in runs.values()])
                 text += f"{values.mean():8.2f}"
@@ -72,13 +76,11 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args()
-    models = MODELS | {name: MODELS[name.partition(":")[0]] for name in BARE}
-    recipes = [recipe for name, rate in models.items()
-               for recipe in grid(["stains"], [name], args.seeds, [args.steps], [rate], args.photographs)]
-    recipes.sort(key=lambda recipe: recipe.seed)
+    recipes = [recipe for options, names in OPTIONS.items() for name in names
+               for recipe in grid(["stains"], [name + options], args.seeds, [args.steps], [MODELS[name]], args.photographs)]
     lines = compare(recipes, args.out, args.split, photos=args.test, test=test_model)
     lines.sort(key=lambda line: recipes.index(Recipe(**line["recipe"])))
-    degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(lambda image: image, args.split, args.test)}
+    degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(lambda image: image, args.split, args.test, apply)}
     print(f"PSNR in dB, mean over {args.seeds} seeds and a crop of each photograph of the {args.split} split; gain over none "
           "with a 95 % interval" + "\n".join(report([degraded, *lines])))
     print(f"{args.steps} steps; {machine()}")
