@@ -11,7 +11,7 @@
 # and windows-ranks.txt from: python data/ranks.py runs/windows
 set -euo pipefail
 cd "$(dirname "$0")/.."
-adapters="none told mlp descriptor cea" now="--test $1 --images runs/photographs"
+adapters="none told wider static mlp descriptor prompt experts-image experts-token cea" now="--test $1 --images runs/photographs"
 rivals="wider static mlp descriptor prompt experts-image experts-token"
 bare=$(for name in $rivals cea; do echo "$name:sca=false"; done)
 
@@ -46,7 +46,7 @@ publish ablation table --split validation --suites aio5 patchwork --seeds 2 --ad
 # The layer as it is, with its ceiling.
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 $now
-publish told longer --suites aio5 --adapters $adapters --seeds 1 --steps 4000 $now
+publish told longer --suites aio5 --adapters none told mlp descriptor cea --seeds 1 --steps 4000 $now
 
 # Rates, on the validation hundred: one table of all lines.
 mkdir -p data/results/rates

@@ -8,10 +8,9 @@
 #
 # **You need** an interval, and how far to believe it ([notebook 7](07_how_far_to_believe_a_table.ipynb)). **Minutes:** 10.
 #
-# **The answer** stands in the next lines and in the picture below them, computed from the file of results. There `cea` is CEA in
-# its first form, with a norm per token and affinities of X̂. How today's form does on three of the suites, with a ceiling, and
-# where the claim does hold for toys: see [the results](../data/README.md). Folded cells (click on the three dots) draw pictures
-# and tables, or hold a text's claim.
+# **The answer** stands in the next lines and in the picture below them, computed from the file of results. Where the claim does
+# hold for toys, because amounts of something unknown vary over the image: see [the results](../data/README.md). Folded cells
+# (click on the three dots) draw pictures and tables, or hold a text's claim.
 
 # %% jupyter={"source_hidden": true}
 import os
@@ -31,7 +30,7 @@ from tinycea import degradations, zoo
 from tinycea.lab import comparison
 
 close = partial(np.allclose, rtol=1e-10, atol=1e-12)
-lines, seeds, T = contest()                                 # T: view -> suite -> adapter -> dB (seeds, photographs, entries)
+lines, seeds, T = contest("../data/results/told")             # T: view -> suite -> adapter -> dB (seeds, photographs, entries)
 view, adapters = next(iter(T)), (*RIVALS, "cea")
 entries = {suite: degradations.suite(suite) for suite in seeds}
 rows = {view: {(row["suite"], row["adapter"]): row for row in comparison.rows(lines, view)} for view in T}
@@ -72,8 +71,9 @@ plt.show()
 # Who is who (all but the first follow the same three stages of the network): `wider` has no adapter and a wider backbone instead;
 # `static` adds a low-rank map, the same for all images; `mlp` a small network per token; `descriptor` scales and shifts the
 # channels by one vector per image; `prompt` mixes learned prompts; `experts-image` and `experts-token` route an image, or each
-# token, to a few of several learned experts; `cea` is [notebook 2](02_hyper_adapter.ipynb)'s layer in its first form. The
-# definitions are in [`adapters.py`](../tinycea/adapters.py).
+# token, to a few of several learned experts; `cea` is [notebook 2](02_hyper_adapter.ipynb)'s layer. The definitions are in
+# [`adapters.py`](../tinycea/adapters.py). Beside them, `none` is the backbone alone, and `told` the same backbone that is given
+# the degradation's name: how much there was to gain.
 
 # %% jupyter={"source_hidden": true}
 # Check: parameters, and the multiplications of the table below.
@@ -85,15 +85,14 @@ for adapter in adapters:
 # %% [markdown]
 # ## 2. The table
 #
-# Mean PSNR, its standard deviation over seeds, and the paired difference to CEA with its interval; a **negative** one means that
-# CEA is ahead. On whole photographs and on crops: a network that has learned from patches what an image's averages mean may be
-# misled by those of a whole photograph. The classical rows are told the degradation. Here for the last suite; the others are in
-# [the file](../data/results/headline/table.txt):
+# Mean PSNR on a crop of each of a hundred photographs, its standard deviation over seeds, and the paired difference to CEA with
+# its interval; a **negative** one means that CEA is ahead. The classical rows are told the degradation. Here for the last suite;
+# the others are in [the file](../data/results/told/table.txt):
 
 # %% jupyter={"source_hidden": true}
 for suite in list(seeds)[-1:]:
     print(f"{suite:16s}{'mult./px':>8s}{'PSNR':>7s}{'sd':>6s}   " + "".join(f"minus CEA, {name:14s}" for name in T).rstrip())
-    for adapter in ("degraded", *comparison.CLASSICAL, *adapters):
+    for adapter in ("degraded", *comparison.CLASSICAL, "none", "told", *adapters):
         if found := [rows[name][suite, adapter] for name in T if (suite, adapter) in rows[name]]:
             row = found[0]
             cost = f"{row['multiplications']:8d}{row['psnr']:7.2f}{row['sd'] or np.nan:6.2f}" if row["steps"] else (
@@ -140,8 +139,7 @@ if {"aio5", "patchwork"} <= set(seeds):
     tell("    patchwork minus aio5", versus("patchwork", single)[:n] - versus("aio5", single)[:n])
 
 # %% [markdown]
-# **What it costs.** Equal parameters are not equal work. The table counts multiplications, [a
-# picture](../data/results/headline/table-cost.png) holds them against the PSNR.
+# **What it costs.** Equal parameters are not equal work: the table counts multiplications.
 #
 # **One doubt about the backbone.** NAFNet's blocks have a channel attention (SCA), itself a descriptor of the whole image; it
 # might do what an adapter could have done. Where the file has runs without it, they are compared with CEA without it:
