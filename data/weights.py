@@ -1,22 +1,29 @@
-"""The ten trainings behind the weights in the package, see weights.sh: patches grow, and each starts from the one before.
+"""The thirteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
 
-The sixth and ninth are without compositions, the others with. The ninth starts from the mean of seventh and eighth, the tenth
-from the mean of that mean and the ninth. From the fifth on they were run with the code of commit 2865038, where dead leaves lose
-their depth and illumination when shown in other light; the last three with that of commit b255acf on top of it, where every
-third scene is overexposed: its sky turns white. What is shipped is the mean of what the tenth started from and its end.
+The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; what is
+shipped is one more. From the fifth on they were run with the code of commit 2865038, where dead leaves lose their depth and
+illumination when shown in other light; from the eighth on with that of commit b255acf on top of it, where every third scene is
+overexposed: its sky turns white; the last three with the code of branch tips ELEVEN, TWELVE and THIRTEEN: three patches of four
+are photographs, and what gained least is drawn twice (blur, haze), or what was harmed (JPEG, nothing at all).
 """
 import json
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
+
 from tinycea import train
 from tinycea.degradations import suite
 from tinycea.evaluation import evaluate, table, test_set
+from tinycea.images import folder
 from tinycea.restoration import restore_rgb
 from tinycea.runtime import write_json
+from tinycea.scenes import halve
 from tinycea.zoo import WEIGHTS, load_model, save_model
 
 ALL, LENS = "everyday+cdd11+patchwork", "everyday+lens"
 BOTH = ALL + "+lens"
+SMALL = {"suite": BOTH, "images": "runs/halves"}
 SHARED = {"suite": ALL, "adapter": "cea:encoders=1+1,decoders=1+1,middle=1", "adapter_lr": 0.3,
           "images": "runs/photographs", "scenes": 64, "chunks": 1}
 TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
@@ -28,7 +35,27 @@ TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
              {"steps": 2_800, "patch": 256, "batch": 2, "lr": 1e-3, "floor": 3e-4, "seed": 7},
              {"steps": 11_000, "patch": 256, "batch": 2, "lr": 1.4e-3, "floor": 3e-4, "seed": 8, "suite": BOTH},
              {"steps": 2_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 9, "suite": LENS, "chunks": 2},
-             {"steps": 1_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 10, "suite": BOTH, "chunks": 2})
+             {"steps": 1_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 10, "suite": BOTH, "chunks": 2},
+             {"steps": 15_000, "patch": 256, "batch": 2, "lr": 1.2e-3, "floor": 3e-4, "seed": 11} | SMALL,
+             {"steps": 5_000, "patch": 256, "batch": 2, "lr": 7e-4, "floor": 3e-4, "seed": 12} | SMALL,
+             {"steps": 5_500, "patch": 256, "batch": 2, "lr": 9e-4, "floor": 3e-4, "seed": 13} | SMALL)
+# What a training starts from is the mean of this and of the end of the one before it; the last one is shipped.
+MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13"}
+
+
+def halves(source, target):
+    """The photographs of a folder at half their size: sharp, and a patch sees more of them."""
+    Path(target).mkdir(exist_ok=True)
+    for name, image in folder(source):
+        iio.imwrite(Path(target, name), np.rint(255 * halve(image)).astype(np.uint8))
+
+
+def start_of(i):
+    """The model file that training i starts from, or None."""
+    end = f"runs/weights-{i - 1}/model.safetensors"
+    if i in MEANS:
+        mean(f"runs/{MEANS[i]}.safetensors", end, end := f"runs/mean-{i}.safetensors")
+    return end if i > 1 else None
 
 
 def mean(first, second, path):
@@ -48,12 +75,9 @@ def publish(path, result):
 
 
 if __name__ == "__main__":
+    halves("runs/photographs", "runs/halves")
     for i, recipe in enumerate(TRAININGS, 1):
-        folder, start = f"runs/weights-{i}", f"runs/weights-{i - 1}/model.safetensors" if i > 1 else None
-        if i > 8:
-            before = "runs/mean-9.safetensors" if i > 9 else "runs/weights-7/model.safetensors"
-            mean(before, start, start := f"runs/mean-{i}.safetensors")
-        if not Path(folder, "result.json").exists():
-            train(folder, resume=Path(folder).exists(), start=start, **SHARED | recipe)
-    mean(start, f"{folder}/model.safetensors", "runs/mean-11.safetensors")
-    publish("runs/mean-11.safetensors", f"{folder}/result.json")
+        start, out = start_of(i), f"runs/weights-{i}"
+        if not Path(out, "result.json").exists():
+            train(out, resume=Path(out).exists(), start=start, **SHARED | recipe)
+    publish(start_of(i + 1), f"{out}/result.json")

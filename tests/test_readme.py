@@ -170,7 +170,7 @@ def test_the_intervals_of_gains_are_as_wide_as_said():
 
 def test_the_four_layers_are_the_committed_table():
     blocks, psnr = (ROOT / "data/results/layer/four.txt").read_text("utf-8").split("\n\n")[:6:2], {}
-    for adapter, title in {"none": "no adapter", "cea": "CEA, image norm, affinities of X: the default",
+    for adapter, title in {"none": "no adapter", "cea": "image norm, of X: the default",
                            "cea:norm=token,tokens=X": "token norm, of X", "cea:norm=image,tokens=Xhat": "image norm, of X̂",
                            "cea:norm=token,tokens=Xhat": "token norm, of X̂: the first form"}.items():
         rows = [re.search(rf"^{re.escape(adapter)} +\d+ +\d+ +\S+ +(\S+) .*$", block, re.M) for block in blocks]
