@@ -177,7 +177,8 @@ def test_the_four_layers_are_the_committed_table():
         psnr[adapter] = np.array([float(row[1]) for row in rows])
         gains = ["" if adapter == "none" else re.findall(r" [-+]\d\.\d\d \[[^]]*\]", row[0])[-1] for row in rows]
         assert f"| {title} | {' | '.join(row[1] + gain for row, gain in zip(rows, gains))} |" in RESULTS
-    ahead = [psnr["cea"] - psnr["cea:norm=image,tokens=Xhat"], psnr["cea:norm=token,tokens=X"] - psnr["cea:norm=token,tokens=Xhat"]]
+    pairs = ("cea", "cea:norm=image,tokens=Xhat"), ("cea:norm=token,tokens=X", "cea:norm=token,tokens=Xhat")
+    ahead = [psnr[of_X] - psnr[of_Xhat] for of_X, of_Xhat in pairs]
     assert f"ahead of those of X̂ on all three, by {np.min(ahead):.2f} to {np.max(ahead):.2f} dB" in RESULTS
 
 

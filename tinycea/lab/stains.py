@@ -25,7 +25,7 @@ MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "prompt": 
           "cea:norm=token,tokens=Xhat": 0.3, "cea:norm=image,tokens=Xhat": 0.3, "cea:norm=token,tokens=X": 0.3,
           "cea-image": 0.3, "cea-softmax": 0.3, "cea": 0.3}
 BARE = ("none", "wider", "mlp", "descriptor", "prompt", "cea-softmax", "cea")         # without SCA too
-GUIDED = ("none", "mlp", "descriptor", "cea-softmax", "cea")                          # and given the amounts: nothing to recognize
+GUIDED = ("none", "mlp", "descriptor", "cea-softmax", "cea")                          # given the amounts: nothing to recognize
 OPTIONS = {"": MODELS, ":sca=false": BARE, f":told={len(LABELS)}": GUIDED}
 SIDES = (48, 96, 192)
 
