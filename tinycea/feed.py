@@ -64,7 +64,7 @@ def batch(recipe, step, degrade=apply):
     at all, the others with a strength of U(0.2, 1.3), and every other gray one as by a gray camera, all channels alike.
     """
     rng, entries, pairs = np.random.default_rng([recipe.seed, BATCHES, step]), entries_of(recipe), []
-    entries = (*entries, "blur", "motion", "defocus", "motion", "defocus", "haze", "jpeg")
+    entries = (*entries, "blur", "motion", "defocus", "motion", "defocus", "haze", "jpeg", "jpeg", "jpeg")
     for i in range(recipe.batch):
         if recipe.pairs and (2 * i < recipe.batch or not entries):
             pairs.append(paired(recipe, rng))
