@@ -1,10 +1,10 @@
-"""The thirteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
+"""The fourteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
 
 The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; what is
 shipped is one more. From the fifth on they were run with the code of commit 2865038, where dead leaves lose their depth and
-illumination when shown in other light; from the eighth on with that of commit b255acf on top of it, where every third scene is
-overexposed: its sky turns white; the last three with the code of branch tips ELEVEN, TWELVE and THIRTEEN: three patches of four
-are photographs, and what gained least is drawn twice (blur, haze), or what was harmed (JPEG, nothing at all).
+illumination when shown in other light; from the eighth on with that of b255acf on top of it, where every third scene is
+overexposed: its sky turns white; the last four with that of f7cc144, eab9d7d, cf4dc88 and 8d51e14: of four patches three are
+photographs, and what gained too little (blur, haze) or was harmed (JPEG, nothing at all) is drawn more often.
 """
 import json
 from pathlib import Path
@@ -38,9 +38,10 @@ TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
              {"steps": 1_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 10, "suite": BOTH, "chunks": 2},
              {"steps": 15_000, "patch": 256, "batch": 2, "lr": 1.2e-3, "floor": 3e-4, "seed": 11} | SMALL,
              {"steps": 5_000, "patch": 256, "batch": 2, "lr": 7e-4, "floor": 3e-4, "seed": 12} | SMALL,
-             {"steps": 5_500, "patch": 256, "batch": 2, "lr": 9e-4, "floor": 3e-4, "seed": 13} | SMALL)
+             {"steps": 5_500, "patch": 256, "batch": 2, "lr": 9e-4, "floor": 3e-4, "seed": 13} | SMALL,
+             {"steps": 4_500, "patch": 256, "batch": 2, "lr": 7e-4, "floor": 3e-4, "seed": 14} | SMALL)
 # What a training starts from is the mean of this and of the end of the one before it; the last one is shipped.
-MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13"}
+MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13", 15: "mean-14"}
 
 
 def halves(source, target):

@@ -137,12 +137,17 @@ def test_the_verdict_is_the_tables():
 
 def test_the_last_networks_are_those_of_the_validation_table():
     _, *blocks = re.split(r"^runs/.*$", (ROOT / "data/results/harm/validation.txt").read_text("utf-8"), flags=re.M)
-    shown = re.findall(r"^  \| (?:seventh|eighth|ninth|tenth|mean of)[^|]*\| (.*) \|$", RESULTS, re.M)
-    assert len(shown) == len(blocks) - 1 == 7                     # the first is without the mirrored border
+    table = re.search(r"^  \| \| clean \| JPEG 40 .*?\n\n", RESULTS, re.M | re.S)[0]
+    shown = [line.split(" | ")[2:] for line in table.removesuffix(" |\n\n").split(" |\n")[1:]]
+    assert len(shown) == len(blocks) - 1 == 14                    # the first is without the mirrored border
+    gains = []
     for line, block in zip(shown, blocks[1:]):
         rows = {row[:28].strip(): row[28:].split() for row in block.splitlines()}
-        assert line.split(" | ") == [rows["clean"][0], *(rows[name][2] for name in ("jpeg, quality 40", "noise25", "haze", "low",
-                                                                                    "low+snow")), rows["blur"][3]]
+        names = "jpeg, quality 40", "noise25", "haze", "low", "low+snow", "blur"
+        assert line == [rows["clean"][0], *(rows[name][2] for name in names), rows["blur"][3]]
+        gains.append([sum(float(row[2]) for row in rows.values() if len(row) > 4 and row[4].endswith("%")),
+                      float(line[1]) >= 0 and float(line[6]) >= 0.2])
+    assert max(total for total, right in gains if right) == gains[-1][0]
 
 
 def test_rates_and_the_control_are_the_table_s():
