@@ -58,7 +58,7 @@ def seams():
     from tinycea import restore
     from tinycea.restoration import OVERLAP, WINDOW, windows
     from tinycea.runtime import machine
-    height, width = 800, 1200
+    height, width = 1200, 1800
     fade = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     sky = np.array([0.45, 0.6, 0.85], np.float32) * (1 - fade) + np.array([0.8, 0.87, 0.95], np.float32) * fade
     sky = np.broadcast_to(sky, (height, width, 3)) + np.random.default_rng(0).normal(0, 0.01, (height, width, 3))
@@ -69,7 +69,7 @@ def seams():
         return 255 * max(np.abs(means.take(s + OVERLAP, axis) - means.take(s, axis)).max()
                          for axis in (0, 1) for s in starts[axis])
     print(f"\n{'':20s} {'in the input':>13s} {'whole':>13s} {'windows':>13s} {'their difference':>17s} {'PSNR':>9s}")
-    for name, image in (("smooth sky", sky.clip(0, 1).astype(np.float32)), ("rocket, enlarged", photograph(0.96))):
+    for name, image in (("smooth sky", sky.clip(0, 1).astype(np.float32)), ("rocket, enlarged", photograph(2.16))):
         cut, whole = restore(image), restore(image, window=0)
         steps = [largest(x) for x in (image, whole, cut, cut - whole)]
         print(f"{name:20s} {steps[0]:13.2f} {steps[1]:13.2f} {steps[2]:13.2f} {steps[3]:17.2f} "

@@ -12,6 +12,7 @@ import pytest
 from test_images import read_image
 
 from tinycea import cases, cea, cli, params, restoration, training
+from tinycea.ablations import CEAConfig
 from tinycea.degradations import DEGRADATIONS, SUITES, patchwork
 from tinycea.evaluation import TEST_SEED, psnr, ssim
 from tinycea.images import write_image
@@ -289,11 +290,33 @@ def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
     rng = np.random.default_rng(1)
     for value in model.p.values():
         value += rng.normal(0, 0.1, value.shape)
-    image = rng.random((270, 310, 3), np.float32)
+    image = rng.random((520, 530, 3), np.float32)
     whole, one, two = restore(image, model, 0), restore(image, model, 256, 1), restore(image, model, 256, 2)
     assert np.abs(whole - one).max() < 1e-5 < np.abs(whole - image).max() and one.tobytes() == two.tobytes()
     pixels = np.rint(255 * image[..., 0]).astype("uint8")
     assert np.abs(restore(pixels, model, 0).astype(int) - restore(pixels, model, 256)).max() <= 1
+
+
+def test_windows_judge_as_the_whole_does(monkeypatch):
+    """With SCA and CEA, where every window by itself would see another picture; a mosaic of it comes near."""
+    config = NAFNetConfig(width=4, middle=1, adapter=CEAConfig(rank=2, heads=1))
+    model = Model(init(config, np.random.default_rng(0)), config)
+    rng = np.random.default_rng(1)
+    for value in model.p.values():
+        value += rng.normal(0, 0.1, value.shape)
+    image = rng.random((400, 700, 3), np.float32) * np.linspace(0, 1, 700, dtype=np.float32)[:, None]          # night at the left
+    summaries, off = restoration.summaries, {}
+    instances = {"mosaic": summaries, "alone": lambda *_: None, "whole": lambda image, model, _: summaries(image, model, 999)}
+    for name, instead in instances.items():
+        monkeypatch.setattr(restoration, "summaries", instead)
+        off[name] = np.abs(restore(image, model, 256) - restore(image, model, 0)).max()
+    assert off["whole"] < 1e-5 < 5 * off["mosaic"] < off["alone"], off
+
+
+def test_an_image_of_up_to_four_windows_stays_whole():
+    for height, same in ((512, True), (513, False)):
+        image = np.random.default_rng(0).random((height, 512, 3), np.float32)
+        assert (restore(image, window=256).tobytes() == restore(image, window=0).tobytes()) == same
 
 
 def test_a_flat_picture_stays_flat_up_to_its_border():

@@ -111,13 +111,10 @@ def metadata_in(path, data):
 def copy_into(p, tensors, source):
     """Copy named arrays into the views of p, all or none; a missing, unknown or mis-shaped name, or a NaN, is refused by name."""
     for name in [*p, *tensors]:
-        if name not in tensors:
-            raise InputError(f"{source}: parameter {name} is missing")
-        if name not in p:
-            raise InputError(f"{source}: parameter {name} is unknown to this architecture")
+        if name not in tensors or name not in p:
+            raise InputError(f"{source}: parameter {name} is {'missing' if name in p else 'unknown to this architecture'}")
     arrays = {}
-    for name, value in tensors.items():
-        value = np.asarray(value)
+    for name, value in zip(tensors, map(np.asarray, tensors.values())):
         if value.shape != p[name].shape or value.dtype.kind not in "fiu":
             raise InputError(f"{source}: parameter {name} has shape {value.shape} ({value.dtype}), expected {p[name].shape}")
         with np.errstate(over="ignore"):

@@ -1,8 +1,9 @@
 """Restore images with a trained model: arrays, files and folders, in windows that overlap, on all cores."""
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from .zoo import WEIGHTS, Model, load_model
 WINDOW = 512                                  # pixels a side of a window, at most
 OVERLAP, ALIGNED = 64, 16                     # pixels of two windows; where they may start
 BORDER = 12                                   # of a window, counts nothing where another one covers it: it saw no neighbors
+shipped = cache(partial(load_model, WEIGHTS))            # the model in the package
+SUMMARIES = "global_average_pool", "summarize"          # the ops that speak of the whole image: in NAFNet's SCA, in CEA's probe
 MARGIN = 8                                    # mirrored pixels around what tinycea's own models see: beside zeros skies darken
 
 
@@ -24,21 +27,23 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     """The restored image, of the input's shape and type.
 
     image: uint8, uint16 or float in [0,1], (H,W) or (H,W,C), gray or color, with or without alpha, any size from 1 x 1 up.
-    model: what `load_model` read; None: the weights in the package. window: an image with longer sides is cut into overlapping
-    windows of at most so many pixels a side, blended linearly; 0: it stays whole. What tinycea's own models see is mirrored at
-    its border, MARGIN wide; a NAFNet sees zeros there, as its authors feed it. threads: how many restore a window each; None:
-    one for each core. Their number changes no byte. InputError for anything else, and for NaN.
+    model: what `load_model` read; None: the weights in the package. window: an image larger than four of them is cut into
+    overlapping windows of at most so many pixels a side, blended linearly, that all know the same `summaries`; 0: it stays whole.
+    What tinycea's own models see is mirrored at its border, MARGIN wide; a NAFNet sees zeros there, as its authors feed it.
+    threads: how many restore a window each; None: one for each core. Their number changes no byte. InputError for anything else,
+    and for NaN.
     """
     image, model = checked(image), model or shipped()
     if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
         raise InputError(f"window is {window!r}: expected 0 or an integer of at least {4 * OVERLAP}")
-    (height, width), result, margin = image.shape[:2], np.empty_like(image), MARGIN * model[1].centered
-    rows, columns = windows(height, window), windows(width, window)
+    (height, width), result = image.shape[:2], np.empty_like(image)
+    rows, columns = (windows(length, window if height * width > 4 * window**2 else 0) for length in (height, width))
+    known = summaries(image, model, window) if len(rows) + len(columns) > 2 and not model[1].local else None
     below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
 
     def restored(y, x, down, right):
-        part = np.pad(as_rgb(image[y:y + len(down), x:x + len(right)]), ((margin, margin), (margin, margin), (0, 0)), "symmetric")
-        part = restore_rgb(part, *model)[margin:margin + len(down), margin:margin + len(right)]
+        ops = answering(lambda *_, left=iter(known): next(left)) if known else cpu
+        part = mirrored(image[y:y + len(down), x:x + len(right)], model, ops)
         return part * (down[:, None, None] * right[:, None])
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
@@ -52,6 +57,37 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
             result[y:end] = like(np.clip(strip[:end - y], 0, 1), image[y:end])
             below = strip[end - y:]
     return result
+
+
+def mirrored(image, model, ops):
+    """`restore_rgb` of an image of any kind, with its mirror image around it where the model is tinycea's own."""
+    m, (height, width) = MARGIN * model[1].centered, image.shape[:2]
+    padded = np.pad(as_rgb(image), ((m, m), (m, m), (0, 0)), "symmetric")
+    return restore_rgb(padded, *model, ops)[m:m + height, m:m + width]
+
+
+def answering(answer):
+    """The CPU's ops, but those of SUMMARIES are answer(op, *inputs)."""
+    return SimpleNamespace(**vars(cpu) | {name: partial(answer, getattr(cpu, name)) for name in SUMMARIES})
+
+
+def summaries(image, model, window):
+    """What the ops of SUMMARIES say of an image, in their order; else each window would judge by itself whether it is night.
+
+    Of a mosaic of at most 2 x 2 windows, made of pieces of the image spread evenly: in a smaller image noise, rain and JPEG's
+    blocks would not survive.
+    """
+    found = []
+
+    def noted(op, *inputs):
+        found.append((op(*inputs)[0], None))
+        return found[-1]
+
+    def spread(length):
+        starts = np.linspace(0, length - window // 2, 4).astype(int)
+        return np.arange(length) if length <= 2 * window else (starts[:, None] + np.arange(window // 2)).ravel()
+    mirrored(image[np.ix_(*map(spread, image.shape[:2]))], model, answering(noted))
+    return found
 
 
 def windows(length, most):
@@ -70,12 +106,6 @@ def windows(length, most):
         weights[-OVERLAP:] *= 1 - ramp if end < length else 1
         found.append((start, weights))
     return found
-
-
-@cache
-def shipped():
-    """The model in the package."""
-    return load_model(WEIGHTS)
 
 
 def restore_rgb(image, p, config, ops=cpu):
