@@ -8,6 +8,7 @@ tinycea mechanism --test "$1" -o runs/mechanism.png > data/results/layer/mechani
 tinycea compare --suites aio5 cdd11 patchwork --seeds 3 --test "$1" --images runs/photographs --out runs/told \
     --adapters none cea cea:norm=image,tokens=Xhat cea:norm=token,tokens=X cea:norm=token,tokens=Xhat \
     > data/results/layer/four.txt
-python -m tinycea.lab.stains runs/photographs "$1" --seeds 2 > data/results/stains/test.txt
+python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.txt
+cp runs/stains/runs.jsonl data/results/stains/
 python -m tinycea.lab.instruments "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
