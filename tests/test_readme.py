@@ -122,6 +122,11 @@ def test_the_table_of_stains_is_the_committed_one():
             found = [line for line in block if line.split()[:1] == [name]]
             assert not cell and not found or cell in found[0] and cell[0].isdigit(), (label, name)
     assert len(rows) == 5
+    gain = {line.split()[0]: float(re.findall(r" \+?(-?\d+\.\d\d) \[", line)[-1]) for line in apart if " [" in line}
+    guided = {name: dB for name, dB in gain.items() if ":told" in name and "cea" not in name}
+    page = " ".join(README.split())
+    assert f"CEA gains {gain['cea:told=15']} dB apart, the best rival {max(guided.values())}" in page
+    assert f"it gains {gain['cea:sca=false']:.1f} dB, a rival {gain['descriptor:sca=false']:.1f}." in page
 
 
 def test_the_verdict_is_the_tables():
