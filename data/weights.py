@@ -9,13 +9,10 @@ photographs, and what gained too little (blur, haze) or was harmed (JPEG, nothin
 import json
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
-
 from tinycea import train
 from tinycea.degradations import suite
 from tinycea.evaluation import evaluate, table, test_set
-from tinycea.images import folder
+from tinycea.images import folder, write_image
 from tinycea.restoration import restore_rgb
 from tinycea.runtime import write_json
 from tinycea.scenes import halve
@@ -23,7 +20,7 @@ from tinycea.zoo import WEIGHTS, load_model, save_model
 
 ALL, LENS = "everyday+cdd11+patchwork", "everyday+lens"
 BOTH = ALL + "+lens"
-SMALL = {"suite": BOTH, "images": "runs/halves"}
+SMALL = {"suite": BOTH, "images": "runs/halves", "patch": 256, "batch": 2, "floor": 3e-4}
 SHARED = {"suite": ALL, "adapter": "cea:encoders=1+1,decoders=1+1,middle=1", "adapter_lr": 0.3,
           "images": "runs/photographs", "scenes": 64, "chunks": 1}
 TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
@@ -36,10 +33,10 @@ TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
              {"steps": 11_000, "patch": 256, "batch": 2, "lr": 1.4e-3, "floor": 3e-4, "seed": 8, "suite": BOTH},
              {"steps": 2_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 9, "suite": LENS, "chunks": 2},
              {"steps": 1_400, "patch": 256, "batch": 2, "lr": 5e-4, "floor": 3e-4, "seed": 10, "suite": BOTH, "chunks": 2},
-             {"steps": 15_000, "patch": 256, "batch": 2, "lr": 1.2e-3, "floor": 3e-4, "seed": 11} | SMALL,
-             {"steps": 5_000, "patch": 256, "batch": 2, "lr": 7e-4, "floor": 3e-4, "seed": 12} | SMALL,
-             {"steps": 5_500, "patch": 256, "batch": 2, "lr": 9e-4, "floor": 3e-4, "seed": 13} | SMALL,
-             {"steps": 4_500, "patch": 256, "batch": 2, "lr": 7e-4, "floor": 3e-4, "seed": 14} | SMALL)
+             SMALL | {"steps": 15_000, "lr": 1.2e-3, "seed": 11},
+             SMALL | {"steps": 5_000, "lr": 7e-4, "seed": 12},
+             SMALL | {"steps": 5_500, "lr": 9e-4, "seed": 13},
+             SMALL | {"steps": 4_500, "lr": 7e-4, "seed": 14})
 # What a training starts from is the mean of this and of the end of the one before it; the last one is shipped.
 MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13", 15: "mean-14"}
 
@@ -48,7 +45,7 @@ def halves(source, target):
     """The photographs of a folder at half their size: sharp, and a patch sees more of them."""
     Path(target).mkdir(exist_ok=True)
     for name, image in folder(source):
-        iio.imwrite(Path(target, name), np.rint(255 * halve(image)).astype(np.uint8))
+        write_image(Path(target, name), halve(image))
 
 
 def start_of(i):

@@ -142,19 +142,7 @@ if {"aio5", "patchwork"} <= set(seeds):
 # **What it costs.** Equal parameters are not equal work: the table counts multiplications.
 #
 # **One doubt about the backbone.** NAFNet's blocks have a channel attention (SCA), itself a descriptor of the whole image; it
-# might do what an adapter could have done. Where the file has runs without it, they are compared with CEA without it:
-
-# %% jupyter={"source_hidden": true}
-for suite in seeds:
-    bare = {adapter: row for (where, adapter), row in rows[view].items()
-            if where == suite and "sca=false" in adapter and "minus_cea" in row}
-    assert not any(zoo.network(adapter).sca for adapter in bare)
-    if bare:
-        leads = np.array([row["minus_cea"]["all"] for row in bare.values()])
-        sides = (", ".join(name.partition(":sca")[0] for name, inside in zip(bare, found) if inside) or "none"
-                 for found in (leads[:, 1] > 0, leads[:, 2] < 0))
-        print(f"{suite}: minus CEA without SCA {leads[:, 0].min():+.2f} to {leads[:, 0].max():+.2f} dB; by intervals\n"
-              "    ahead of CEA: {}\n    behind CEA: {}".format(*sides))
+# might do what an adapter could have done. On stains it does: [the results](../data/README.md) have CEA and a rival without it.
 
 # %% [markdown]
 # ## 3. A small part of it, live

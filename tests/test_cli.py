@@ -284,13 +284,17 @@ def test_windows_cover_everything_once(length, most):
         assert a < b and first[-1] == second[0] == 0 and max(abs(np.diff(first)).max(), abs(np.diff(second)).max()) < 0.06
 
 
-def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
-    config = NAFNetConfig(width=4, middle=1, sca=False, adapter=None)
-    model = Model(init(config, np.random.default_rng(0)), config)
-    rng = np.random.default_rng(1)
+def random_model(config):
+    """A model no weight of which is zero."""
+    model, rng = Model(init(config, np.random.default_rng(0)), config), np.random.default_rng(1)
     for value in model.p.values():
         value += rng.normal(0, 0.1, value.shape)
-    image = rng.random((520, 530, 3), np.float32)
+    return model
+
+
+def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
+    model = random_model(NAFNetConfig(width=4, middle=1, sca=False, adapter=None))
+    image = np.random.default_rng(2).random((520, 530, 3), np.float32)
     whole, one, two = restore(image, model, 0), restore(image, model, 256, 1), restore(image, model, 256, 2)
     assert np.abs(whole - one).max() < 1e-5 < np.abs(whole - image).max() and one.tobytes() == two.tobytes()
     pixels = np.rint(255 * image[..., 0]).astype("uint8")
@@ -299,15 +303,11 @@ def test_windows_give_the_whole_where_no_layer_sees_all_of_it():
 
 def test_windows_judge_as_the_whole_does(monkeypatch):
     """With SCA and CEA, where every window by itself would see another picture; a mosaic of it comes near."""
-    config = NAFNetConfig(width=4, middle=1, adapter=CEAConfig(rank=2, heads=1))
-    model = Model(init(config, np.random.default_rng(0)), config)
-    rng = np.random.default_rng(1)
-    for value in model.p.values():
-        value += rng.normal(0, 0.1, value.shape)
-    image = rng.random((400, 700, 3), np.float32) * np.linspace(0, 1, 700, dtype=np.float32)[:, None]          # night at the left
-    summaries, off = restoration.summaries, {}
-    instances = {"mosaic": summaries, "alone": lambda *_: None, "whole": lambda image, model, _: summaries(image, model, 999)}
-    for name, instead in instances.items():
+    model = random_model(NAFNetConfig(width=4, middle=1, adapter=CEAConfig(rank=2, heads=1)))
+    image = np.random.default_rng(2).random((400, 700, 3), np.float32) * np.linspace(0, 1, 700, dtype=np.float32)[:, None]
+    summaries, off = restoration.summaries, {}                                  # and it is night at the left
+    variants = {"mosaic": summaries, "alone": lambda *_: None, "whole": lambda image, model, _: summaries(image, model, 999)}
+    for name, instead in variants.items():
         monkeypatch.setattr(restoration, "summaries", instead)
         off[name] = np.abs(restore(image, model, 256) - restore(image, model, 0)).max()
     assert off["whole"] < 1e-5 < 5 * off["mosaic"] < off["alone"], off

@@ -72,7 +72,7 @@ def parser():
     sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
     sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model, a NAFNet's .pth or safetensors (default: ours)")
-    sub.add_argument("--window", type=natural, metavar="N", help="a side of overlapping windows, 0 for none (default 512)")
+    sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of overlapping windows, 0 for none (default 512)")
     sub.add_argument("--threads", type=count, metavar="N", help="windows restored at a time (default one for each core)")
     sub.add_argument("--megapixels", type=positive, help="the largest photograph that is read (default 128)")
 
@@ -139,7 +139,7 @@ folder = number(lambda text: text.strip() and os.path.realpath(text), os.path.is
 positive = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 
-# ---- the commands: each takes the parsed arguments; a failed check returns 1 ----------------------------------------
+# ---- the commands: each takes the parsed arguments; a failed check returns 1 -----------------------------------------
 
 def given(args, *names):
     """The options that were typed."""
@@ -163,9 +163,8 @@ def train(args):
 
 def compare(args):
     from .lab import comparison
-    options = given(args, "suites", "adapters", "seeds", "steps", "rates", "images")
     quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
-    recipes = comparison.grid(**quick | options)
+    recipes = comparison.grid(**quick | given(args, "suites", "adapters", "seeds", "steps", "rates", "images"))
     try:
         lines = comparison.compare(recipes, args.out, args.split, args.jobs, args.test)
     except KeyboardInterrupt:

@@ -22,7 +22,8 @@ def curve(rows, path):
     """Training PSNR (minus the loss, a running mean over 100 steps) and held-out PSNR against the step; rows of log.csv."""
     steps, loss = np.array([row[0] for row in rows]), np.array([row[2] for row in rows])
     window = min(100, len(loss))
-    axes = (figure := Figure((6.4, 3.6))).subplots()
+    figure = Figure((6.4, 3.6))
+    axes = figure.subplots()
     mean = np.convolve(-loss, np.full(window, 1 / window), "valid")
     axes.plot(steps[window - 1:], mean, label=f"training batches, mean of {window}")
     axes.plot(*zip(*((row[0], row[4]) for row in rows if not np.isnan(row[4]))), "k--", marker=".", label="held-out patches")

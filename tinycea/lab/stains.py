@@ -54,7 +54,8 @@ def report(lines):
     for entry in suite("stains"):
         yield f"\n{entry:28s}" + "".join(f"{side:7d} x {side:<20d}" for side in SIDES)
         for adapter, runs in found.items():
-            none, text = found.get("none" + next(filter(adapter.endswith, list(OPTIONS)[::-1])), {}), f"{adapter:28s}"
+            options = next(options for options in reversed(OPTIONS) if adapter.endswith(options))
+            none, text = found.get("none" + options, {}), f"{adapter:28s}"
             for side in map(str, SIDES):
                 values = np.array([run[entry][side] for run in runs.values()])
                 text += f"{values.mean():8.2f}"
