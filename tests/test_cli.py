@@ -12,6 +12,7 @@ import pytest
 from test_images import read_image
 
 from tinycea import cases, cea, cli, params, restoration, training
+from tinycea.__main__ import main as command_line
 from tinycea.ablations import CEAConfig
 from tinycea.degradations import DEGRADATIONS, SUITES, patchwork
 from tinycea.evaluation import TEST_SEED, psnr, ssim
@@ -340,8 +341,18 @@ def test_ctrl_c_says_so(capsys, photo, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(restoration, "restore", interrupted)
-    assert cli.main(["restore", str(photo), "-o", str(tmp_path / "out.png")]) == 130
+    assert command_line(["restore", str(photo), "-o", str(tmp_path / "out.png")]) == 130
     assert capsys.readouterr().err == "tinycea: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["raise KeyboardInterrupt",
+                                    "import signal\nsignal.raise_signal(signal.SIGINT)\nprint('whole')\ndef tqdm(): pass"])
+def test_ctrl_c_during_the_first_imports_says_so_when_they_are_done(tmp_path, module):
+    (tmp_path / "tqdm.py").write_text(module)
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+    run = subprocess.run([sys.executable, "-m", "tinycea", "gradcheck"], env=os.environ | {"PYTHONPATH": path},
+                         capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "tinycea: interrupted\n") and run.stdout.count("whole") == ("whole" in module)
 
 
 def test_bad_weights(capsys, tmp_path, photo):

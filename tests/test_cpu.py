@@ -5,6 +5,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import Barrier, BrokenBarrierError
 from types import FunctionType
 
@@ -25,6 +26,8 @@ TILES = (10, 64, 100, 200, 400, 800, 1500, 2**18)         # numbers: from less t
 
 def reads_tile(function):
     """Whether the function's code, or that of a function that it names, reads TILE."""
+    if isinstance(function, partial):
+        return any(map(reads_tile, function.keywords.values()))
     names = function.__code__.co_names
     called = [f for f in map(function.__globals__.get, names) if isinstance(f, FunctionType)]
     return "TILE" in names or any(map(reads_tile, called))

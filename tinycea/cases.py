@@ -31,8 +31,8 @@ def cases(ops, seed=0):
         return rng.normal(size=shape)
 
     def op(name, inputs, *settings, label=""):
-        pair = getattr(ops, name), getattr(ops, name + "_backward")
-        return name + label, 1e-6, lambda *arrays: pair[0](*arrays, *settings), pair[1], inputs
+        forward, backward = getattr(ops, name), getattr(ops, name + "_backward")
+        return name + label, 1e-6, lambda *arrays: forward(*arrays, *settings), backward, inputs
 
     yield op("linear", {"x": n(2, 5, 3), "weight": n(3, 4), "bias": n(4)})
     yield op("conv1x1", {"x": n(2, 3, 5, 4), "weight": n(7, 4, 1, 1), "bias": n(7)})

@@ -165,11 +165,7 @@ def compare(args):
     from .lab import comparison
     quick = {"suites": ["aio5"], "adapters": ["wider", "cea"], "seeds": 1, "steps": [60]} if args.quick else {}
     recipes = comparison.grid(**quick | given(args, "suites", "adapters", "seeds", "steps", "rates", "images"))
-    try:
-        lines = comparison.compare(recipes, args.out, args.split, args.jobs, args.test)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {args.out}") from None
-    comparison.publish(lines, Path(args.out))
+    comparison.publish(comparison.compare(recipes, args.out, args.split, args.jobs, args.test), Path(args.out))
 
 
 def restore(args):
@@ -230,7 +226,7 @@ def bench(args):
 
 
 def main(argv=None):
-    """Run the command line -> exit status: 0, 1 for a failed check, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line -> exit status: 0, 1 for a failed check, 2 for bad input."""
     try:
         args, unknown = parser().parse_known_args(None if argv is None else list(argv))
         if any(value == [] for value in vars(args).values()):             # what argparse makes of `--option=--`
@@ -245,7 +241,4 @@ def main(argv=None):
     except (InputError, OSError, MemoryError) as error:
         print(f"tinycea: {'out of memory ' * isinstance(error, MemoryError)}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(f"tinycea: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
 

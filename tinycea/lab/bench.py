@@ -193,7 +193,8 @@ def serve(task, job, side, threads=1, device="cpu"):
             return answers(HERE["run"]())
         if task == "time":
             return seconds_of(HERE["run"], gpu.synchronize if gpu else int)
-        return (room.reserved() if room else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
+        pool = room.cp.get_default_memory_pool() if gpu and room else None
+        return (pool.total_bytes() if pool else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
 
 
 def seconds_of(run, wait):
@@ -382,5 +383,6 @@ def publish(backend_name, quick, as_json):
     for row in rows:
         print(format_row(row), flush=True)
     versions = ["numpy", *filter(importlib.util.find_spec, ("torch", "jax"))]
-    where = machine() if backend_name == "cpu" else f"{backend('cuda').device_name()}, {machine()}"
+    gpu = backend("cuda").cp.cuda if backend_name == "cuda" else None
+    where = f"{gpu.runtime.getDeviceProperties(gpu.Device().id)['name'].decode()}, {machine()}" if gpu else machine()
     print(f"{where}; {', '.join(f'{name} {version(name)}' for name in versions)}; float32; {date.today()}")

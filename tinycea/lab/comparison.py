@@ -130,7 +130,7 @@ def compare(recipes, folder, split="test", jobs=2, photos=None, test=None):
                 file.flush()
                 bar.set_postfix_str(f"{result['recipe']['suite']}, {result['recipe']['adapter']}: {mean(result['psnr']):.2f} dB")
         if interrupted():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped; the same command goes on with what is in {folder}")
     wanted += rows
     return [line for line in finished(folder) if line["recipe"] in wanted and line["split"] == str(split)]
 

@@ -7,6 +7,7 @@ rows are joined, so that it runs over many. And products are associative: whatev
 import ctypes
 import math
 import sys
+from functools import partial
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -94,13 +95,8 @@ def linear_backward(dy, cache):
     return (drows @ weight.T).reshape(x.shape), _gram(rows[None], drows[None])[0], None if bias is None else _sum(drows)
 
 
-def conv1x1(x, weight, bias=None):
-    return linear(x, weight[:, :, 0, 0].T, bias)
-
-
-def conv1x1_backward(dy, cache):
-    dx, dweight, dbias = linear_backward(dy, cache)
-    return dx, dweight.T[:, :, None, None], dbias
+conv1x1 = partial(reference.conv1x1, linear=linear)
+conv1x1_backward = partial(reference.conv1x1_backward, linear_backward=linear_backward)
 
 
 # ---- normalization ---------------------------------------------------------------------------------------------------
@@ -289,15 +285,9 @@ def simple_gate_backward(dy, cache):
     return np.einsum("nkc,nc->nkc", halves[:, ::-1], dy.reshape(-1, dy.shape[-1])).reshape(*dy.shape[:-1], -1)
 
 
-def gated_depthwise3x3(x, weight, bias):
-    f, c_conv = depthwise3x3(x, weight, bias)
-    y, c_gate = simple_gate(f)
-    return y, (c_conv, c_gate)
-
-
-def gated_depthwise3x3_backward(dy, cache):
-    c_conv, c_gate = cache
-    return depthwise3x3_backward(simple_gate_backward(dy, c_gate), c_conv)
+gated_depthwise3x3 = partial(reference.gated_depthwise3x3, conv=depthwise3x3, gate=simple_gate)
+gated_depthwise3x3_backward = partial(reference.gated_depthwise3x3_backward, conv_backward=depthwise3x3_backward,
+                                      gate_backward=simple_gate_backward)
 
 
 def global_average_pool(x):

@@ -118,16 +118,6 @@ def synchronize():
     cp.cuda.get_current_stream().synchronize()
 
 
-def device_name():
-    """What the GPU calls itself."""
-    return cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)["name"].decode()
-
-
-def reserved():
-    """Bytes that CuPy holds on the GPU."""
-    return cp.get_default_memory_pool().total_bytes()
-
-
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
 def layernorm(x, weight, bias, eps=1e-6):

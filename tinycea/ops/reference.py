@@ -42,12 +42,12 @@ def linear_backward(dy, cache):
     return (drows @ weight.T).reshape(x.shape), rows.T @ drows, None if bias is None else drows.sum(0)
 
 
-def conv1x1(x, weight, bias=None):
-    """1 x 1 convolution: `linear` with the weight in PyTorch's layout (O,I,1,1). x (B,H,W,I) -> (B,H,W,O)."""
+def conv1x1(x, weight, bias=None, linear=linear):
+    """1 x 1 convolution: `linear`, or a backend's, with the weight in PyTorch's layout (O,I,1,1). x (B,H,W,I) -> (B,H,W,O)."""
     return linear(x, weight[:, :, 0, 0].T, bias)
 
 
-def conv1x1_backward(dy, cache):
+def conv1x1_backward(dy, cache, linear_backward=linear_backward):
     """`linear_backward`, dW back in (O,I,1,1)."""
     dx, dweight, dbias = linear_backward(dy, cache)
     return dx, dweight.T[:, :, None, None], dbias
@@ -205,17 +205,17 @@ def simple_gate_backward(dy, cache):
     return np.concatenate((dy * b, dy * a), -1)
 
 
-def gated_depthwise3x3(x, weight, bias):
-    """`depthwise3x3`, then `simple_gate`. x (B,H,W,2C), weight (2C,1,3,3), bias (2C,) -> (B,H,W,C)."""
-    f, c_conv = depthwise3x3(x, weight, bias)
-    y, c_gate = simple_gate(f)
+def gated_depthwise3x3(x, weight, bias, conv=depthwise3x3, gate=simple_gate):
+    """`depthwise3x3`, then `simple_gate`, or a backend's own. x (B,H,W,2C), weight (2C,1,3,3), bias (2C,) -> (B,H,W,C)."""
+    f, c_conv = conv(x, weight, bias)
+    y, c_gate = gate(f)
     return y, (c_conv, c_gate)
 
 
-def gated_depthwise3x3_backward(dy, cache):
+def gated_depthwise3x3_backward(dy, cache, conv_backward=depthwise3x3_backward, gate_backward=simple_gate_backward):
     """The two backwards in turn."""
     c_conv, c_gate = cache
-    return depthwise3x3_backward(simple_gate_backward(dy, c_gate), c_conv)
+    return conv_backward(gate_backward(dy, c_gate), c_conv)
 
 
 def global_average_pool(x):
