@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_images import read_image
 
-from tinycea import cases, cea, cli, params, restoration, training
+from tinycea import cases, cea, cli, nafnet, ops, params, restoration, training
 from tinycea.__main__ import main as command_line
 from tinycea.ablations import CEAConfig
+from tinycea.adapters import PromptConfig
 from tinycea.degradations import DEGRADATIONS, SUITES, patchwork
 from tinycea.evaluation import TEST_SEED, psnr, ssim
 from tinycea.images import write_image
@@ -318,6 +319,39 @@ def test_an_image_of_up_to_four_windows_stays_whole():
     for height, same in ((512, True), (513, False)):
         image = np.random.default_rng(0).random((height, 512, 3), np.float32)
         assert (restore(image, window=256).tobytes() == restore(image, window=0).tobytes()) == same
+
+
+@pytest.mark.parametrize("shape", [(256, 40), (250, 31), (511, 24)])
+@pytest.mark.parametrize("options", [{}, {"adapter": None}, {"centered": False, "adapter": None, "unshuffle": 1}, {"sca": False}])
+def test_two_halves_give_the_whole(shape, options):
+    model = random_model(NAFNetConfig(**{"width": 4, "middle": 1, "adapter": CEAConfig(rank=2, heads=1)} | options))
+    image = np.random.default_rng(2).random((1, *shape, 3), np.float32)
+    image *= np.linspace(0.1, 1, shape[0], dtype=np.float32)[:, None, None]
+    whole = nafnet.centered(image, *model, keep=False)[0]
+    one, two = (restoration.banded(image, *model, threads=threads)[0] for threads in (1, 2))
+    assert one.tobytes() == two.tobytes() and np.abs(whole - one).max() < 1e-5 * np.abs(whole).max()
+
+
+def test_an_image_whose_layers_cannot_be_halved_stays_whole():
+    image = np.random.default_rng(2).random((1, 256, 40, 3), np.float32)
+    for options in ({"adapter": PromptConfig()}, {"adapter": CEAConfig(level="image")}, {"adapter": None, "local": 16}):
+        model = random_model(NAFNetConfig(width=4, middle=1, **options))
+        assert (restoration.banded(image, *model)[0] == nafnet.centered(image, *model, keep=False)[0]).all()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_half_that_fails_does_not_leave_the_other_waiting(monkeypatch, failing):
+    calls = []
+
+    def pool(x, gather=None):
+        calls.append(len(calls))
+        if calls[-1] == failing:
+            raise MemoryError("too much")
+        return cpu_pool(x, gather)
+    cpu_pool = ops.cpu.global_average_pool
+    monkeypatch.setattr(ops.cpu, "global_average_pool", pool)
+    with pytest.raises(MemoryError, match="too much"):
+        restoration.banded(np.zeros((1, 256, 16, 3), np.float32), *random_model(NAFNetConfig(width=4, middle=1, adapter=None)))
 
 
 def test_a_flat_picture_stays_flat_up_to_its_border():

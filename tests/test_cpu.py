@@ -80,7 +80,7 @@ def same(name, arrays, settings, layouts={"as drawn": lambda a: a}):
 # ---- cuts ------------------------------------------------------------------------------------------------------------
 
 def test_the_ops_that_read_tile_are_found():
-    assert {"conv3x3", "layernorm"} <= {name for name, *_ in CUT} and {"linear", "simple_gate"} <= {name for name, *_ in WHOLE}
+    assert {"conv3x3", "norm_conv1x1"} <= {name for name, *_ in CUT} and {"linear", "simple_gate"} <= {name for name, *_ in WHOLE}
 
 
 @every(CUT)

@@ -280,7 +280,7 @@ def test_a_training_step_of_the_whole_network_is_the_cpus(ops):
     degraded, clean = rng.random((2, 2, 13, 10, 3), np.float32)
     after = []
     for room in (ops, cpu):
-        p = training.on_device(start.copy(), room)
+        p = start.over(room.to_device(start.flat.copy()))
         g, m, v = p.zeros_like(), np.zeros_like(p.flat), np.zeros_like(p.flat)
         loss = training.gradient(degraded, clean, p, config, room, g)
         room.adamw(p.flat, g.flat, m, v, 1, 1e-2, 1e-4 * decay_mask(p))

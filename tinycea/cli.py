@@ -56,8 +56,7 @@ def parser():
 
     sub = command(compare, "train adapters on the same batches, test them, and print what each buys (45 minutes by default)")
     sub.add_argument("--suites", nargs="+", help="of aio3, aio5, cdd11, patchwork, stains, everyday, lens (default: first four)")
-    sub.add_argument("--adapters", nargs="+", help="as train's --adapter, and told, the ceiling: it is given what each "
-                     "pixel has (default wider and cea with its rivals)")
+    sub.add_argument("--adapters", nargs="+", help="as train's --adapter; and told, the ceiling (default wider, cea, rivals)")
     sub.add_argument("--seeds", type=count, help="seeds 0 to N-1 (default 5)", metavar="N")
     sub.add_argument("--steps", type=count, nargs="+", help="training steps, one grid for each number (default 1000)")
     sub.add_argument("--rates", type=positive, nargs="+", help="learning rates of the adapters, times the network's")
@@ -73,7 +72,7 @@ def parser():
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
     sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model, a NAFNet's .pth or safetensors (default: ours)")
     sub.add_argument("--window", type=natural, metavar="N", help="pixels a side of overlapping windows, 0 for none (default 512)")
-    sub.add_argument("--threads", type=count, metavar="N", help="windows restored at a time (default one for each core)")
+    sub.add_argument("--threads", type=count, metavar="N", help="windows or halves restored at a time (default: cores)")
     sub.add_argument("--megapixels", type=positive, help="the largest photograph that is read (default 128)")
 
     sub = command(explain, "look into a photograph's restoration: every component's map, and the photograph without it")

@@ -3,6 +3,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, Semaphore
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,8 +31,8 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     model: what `load_model` read; None: the weights in the package. window: an image larger than four of them is cut into
     overlapping windows of at most so many pixels a side, blended linearly, that all know the same `summaries`; 0: it stays whole.
     What tinycea's own models see is mirrored at its border, MARGIN wide; a NAFNet sees zeros there, as its authors feed it.
-    threads: how many restore a window each; None: one for each core. Their number changes no byte. InputError for anything else,
-    and for NaN.
+    threads: how many restore a window each, or a half of what stays whole (see `banded`); None: one for each core. Their number
+    changes no byte. InputError for anything else, and for NaN.
     """
     image, model = checked(image), model or shipped()
     if not (isinstance(window, int) and (window == 0 or window >= 4 * OVERLAP)):
@@ -39,11 +40,12 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     (height, width), result = image.shape[:2], np.empty_like(image)
     rows, columns = (windows(length, window if height * width > 4 * window**2 else 0) for length in (height, width))
     known = summaries(image, model, window) if len(rows) + len(columns) > 2 and not model[1].local else None
+    forward = partial(banded, threads=threads or os.cpu_count()) if len(rows) + len(columns) == 2 else centered
     below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
 
     def restored(y, x, down, right):
         ops = answering(lambda *_, left=iter(known): next(left)) if known else cpu
-        part = mirrored(image[y:y + len(down), x:x + len(right)], model, ops)
+        part = mirrored(image[y:y + len(down), x:x + len(right)], model, ops, forward)
         return part * (down[:, None, None] * right[:, None])
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
@@ -59,11 +61,50 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     return result
 
 
-def mirrored(image, model, ops):
+def mirrored(image, model, ops, forward=centered):
     """`restore_rgb` of an image of any kind, with its mirror image around it where the model is tinycea's own."""
     m, (height, width) = MARGIN * model[1].centered, image.shape[:2]
     padded = np.pad(as_rgb(image), ((m, m), (m, m), (0, 0)), "symmetric")
-    return restore_rgb(padded, *model, ops)[m:m + height, m:m + width]
+    return restore_rgb(padded, *model, ops, forward)[m:m + height, m:m + width]
+
+
+def banded(images, p, config, ops=cpu, keep=False, threads=2):
+    """`centered` of images on the CPU, forward only: the upper and the lower half, a thread each, on so many `threads` at a time.
+
+    A half is what it is in the whole: where an op looks at neighbors, or sums over the image, the two tell each other their
+    border row, or their sums, and wait. `threads` changes no byte. Whole stays what is small, and what goes through a rival, a
+    switch of CEA's, or local means.
+    """
+    half = images.shape[1] // 2 // config.multiple() * config.multiple()
+    if half < 64 or config.local or not getattr(config.adapter, "is_the_method", lambda: config.adapter is None)():
+        return centered(images, p, config, ops, keep=False)
+    turn, barrier, said = Semaphore(threads), Barrier(2), ([], [])
+
+    def gather(i, value):
+        said[i].append(value)
+        turn.release()
+        barrier.wait()
+        turn.acquire()
+        return [values[len(said[i]) - 1] for values in said]
+
+    def bordered(i, op, x, *weights):
+        y, near = op(x, *weights)[0], gather(i, x[:, i - 1, None].copy())[1 - i]
+        y[:, i - 1] = op(np.concatenate((near, x[:, :2]) if i else (x[:, -2:], near), 1), *weights)[0][:, 1]
+        return y, None
+
+    def restored(i):
+        own = {name: partial(getattr(cpu, name), gather=partial(gather, i)) for name in ("groupnorm", *SUMMARIES)}
+        own |= {name: partial(bordered, i, getattr(cpu, name)) for name in ("conv3x3", "gated_depthwise3x3")}
+        try:
+            with turn, np.errstate(all="ignore"):
+                return centered(np.split(images, [half], 1)[i], p, config, SimpleNamespace(**vars(cpu) | own), keep=False)[0]
+        except BrokenBarrierError:            # the other half has failed
+            return None
+        except BaseException:
+            barrier.abort()
+            raise
+    with ThreadPoolExecutor(2) as executor:
+        return np.concatenate(list(executor.map(restored, range(2))), 1), None
 
 
 def answering(answer):
@@ -108,10 +149,10 @@ def windows(length, most):
     return found
 
 
-def restore_rgb(image, p, config, ops=cpu):
+def restore_rgb(image, p, config, ops=cpu, forward=centered):
     """image (H,W,3) float in [0,1] -> the restored one, the same, by the backend `ops`. InputError if it is not finite."""
     with np.errstate(all="ignore"):
-        y, _ = centered(ops.to_device(image[None]), p, config, ops, keep=False)
+        y, _ = forward(ops.to_device(image[None]), p, config, ops, keep=False)
     y = ops.to_host(y[0])
     if not np.isfinite(y).all():
         raise InputError("the network gives what is not finite: its weights are not sound")
@@ -128,12 +169,10 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
     replace its own photo, are refused before anything is written.
     """
     files, out = list_images(paths), Path(out)
-    if len(files) == 1 and out.suffix and not out.is_dir():
-        targets = [out]
-    else:
-        targets = [out / (file.name if file.suffix.lower() in SUFFIXES else f"{file.stem}.png") for file in files]
-        if out.suffix.lower() in SUFFIXES and not out.is_dir():
-            raise InputError(f"{out}: {len(files)} images need a folder, not one file")
+    single = len(files) == 1 and out.suffix and not out.is_dir()
+    targets = [out if single else out / (file.name if file.suffix.lower() in SUFFIXES else f"{file.stem}.png") for file in files]
+    if not single and out.suffix.lower() in SUFFIXES and not out.is_dir():
+        raise InputError(f"{out}: {len(files)} images need a folder, not one file")
     for file, target in zip(files, targets):
         if (suffix := target.suffix).lower() not in SUFFIXES:
             raise InputError(f"{target}: cannot write {suffix}; name one of {', '.join(SUFFIXES)}, or a folder that exists")

@@ -202,10 +202,9 @@ def ranks():
 
 def machine():
     """The processor, its cores and the system, as far as the system tells."""
-    try:
+    model = platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):        # not Linux, or a processor without a name there
         model = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):              # not Linux, or a processor without a name there
-        model = platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 

@@ -94,16 +94,11 @@ def start(recipe, saved=None):
         copy_into(p, load_model(recipe.start).p, recipe.start)
     if saved is not None:
         copy_into({"w": p.flat, "m": m, "v": v}, saved, "state.safetensors")
-    p = on_device(p, ops)
+    p = p.over(ops.to_device(p.flat))
     rates = p.zeros_like()
     for name, value in rates.items():
         value[...] = recipe.adapter_lr if name.startswith("adapters.") else 1
     return State(p, p.zeros_like(), ops.to_device(m), ops.to_device(v), rates.flat, recipe.decay * decay_mask(p))
-
-
-def on_device(p, ops):
-    """The parameters where a backend computes: copied to a GPU, or themselves."""
-    return p.over(ops.to_device(p.flat))
 
 
 def gradient(degraded, clean, p, config, ops, g, floor=1e-8):

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .. import cea, nafnet
+from .. import cea, nafnet, restoration
 from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
 from ..ops import backend, cpu, reference
 from ..optim import clip_by_norm
 from ..params import Params, under
 from ..runtime import InputError, machine, peak_memory, pool, shared
-from ..training import gradient, on_device
+from ..training import gradient
 
 LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
 JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
@@ -60,20 +60,21 @@ def job_data(kind, size):
     return config, p, *(rng.normal(size=shape).astype(np.float32) for _ in range(2))
 
 
-def forward(x, p, config, room):
+def forward(x, p, config, room, threads=1):
     """What a job's configuration says: a NAFBlock (None), a CEA layer (its heads) or the network -> y, cache."""
     if config is None:
         return nafblock(x, p, room)
-    return cea.cea(x, p, config, room) if isinstance(config, int) else centered(x, p, config, room, keep=False)
+    whole = centered if threads == 1 else lambda *inputs, keep: restoration.banded(*inputs, keep, threads)
+    return cea.cea(x, p, config, room) if isinstance(config, int) else whole(x, p, config, room, keep=False)
 
 
-def ours(kind, size, room=cpu, threads=1):
-    """The job in tinycea on a backend; it returns the arrays to compare. A batch is as many chunks as threads, as in `train`."""
+def ours(kind, size, room=cpu, n=1):
+    """The job in tinycea on a backend and n threads; it returns the arrays to compare. A batch is n chunks, as in `train`."""
     cpu.keep_memory()
     config, p, *images = job_data(kind, size)
-    p, images = on_device(p, room), list(map(room.to_device, images))
+    p, images = p.over(room.to_device(p.flat)), list(map(room.to_device, images))
     m, v = np.zeros_like(p.flat), np.zeros_like(p.flat)
-    chunks = list(zip(*(np.array_split(a, min(threads, len(a))) for a in images)))
+    chunks = list(zip(*(np.array_split(a, min(n, len(a))) for a in images)))
 
     def part(x, target):
         g = p.zeros_like()
@@ -92,7 +93,7 @@ def ours(kind, size, room=cpu, threads=1):
         clip_by_norm(g, CLIP)
         room.adamw(p.flat, g, m, v, 1, LR, DECAY)
         return np.mean(losses), g
-    return (lambda: forward(images[0], p, config, room)[:1]) if kind in FORWARD else step if kind == "training step" else both
+    return (lambda: forward(images[0], p, config, room, n)[:1]) if kind in FORWARD else step if kind == "training step" else both
 
 
 def jaxed(kind, size, threads=1):
@@ -192,7 +193,7 @@ def serve(task, job, side, threads=1, device="cpu"):
                 jaxed(*job, threads) if side == "JAX" else theirs(*job, side, threads, device)
             return answers(HERE["run"]())
         if task == "time":
-            return seconds_of(HERE["run"], gpu.synchronize if gpu else int)
+            return seconds_of(HERE["run"], (room.cp.cuda.get_current_stream() if room else gpu).synchronize if gpu else int)
         pool = room.cp.get_default_memory_pool() if gpu and room else None
         return (pool.total_bytes() if pool else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
 
@@ -295,12 +296,13 @@ def bench_gpu(quick=False):
     installed and sees the GPU).
     """
     room = backend("cuda")
+    wait = room.cp.cuda.get_current_stream().synchronize
     rounds = 3 if quick else 21
     N, C, R = KERNELS[0] // (8 if quick else 1), *KERNELS[1:]
     a = room.to_device(np.ones(N * C, np.float32))
-    copies = [2 * a.nbytes / seconds_of(a.copy, room.synchronize) / 1e9 for _ in range(rounds)]
+    copies = [2 * a.nbytes / seconds_of(a.copy, wait) / 1e9 for _ in range(rounds)]
     for name, run, numbers in kernels(room, N, C, R):
-        rates = [4 * numbers / seconds_of(run, room.synchronize) / 1e9 for _ in range(rounds)]
+        rates = [4 * numbers / seconds_of(run, wait) / 1e9 for _ in range(rounds)]
         yield row(f"{name}, N {N}, C {C}, R {R}", rates, copies, "copy on the device", "gb")
     sides = ["tinycea"]
     if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
@@ -383,6 +385,5 @@ def publish(backend_name, quick, as_json):
     for row in rows:
         print(format_row(row), flush=True)
     versions = ["numpy", *filter(importlib.util.find_spec, ("torch", "jax"))]
-    gpu = backend("cuda").cp.cuda if backend_name == "cuda" else None
-    where = f"{gpu.runtime.getDeviceProperties(gpu.Device().id)['name'].decode()}, {machine()}" if gpu else machine()
-    print(f"{where}; {', '.join(f'{name} {version(name)}' for name in versions)}; float32; {date.today()}")
+    gpu = [backend("cuda").cp.cuda.runtime.getDeviceProperties(0)["name"].decode()] if backend_name == "cuda" else []
+    print(f"{', '.join([*gpu, machine()])}; {', '.join(f'{name} {version(name)}' for name in versions)}; float32; {date.today()}")

@@ -28,6 +28,7 @@ def keep_memory():
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
         mallopt(-3, 2**25)                    # M_MMAP_THRESHOLD: its largest value
         mallopt(-1, 2**30)                    # M_TRIM_THRESHOLD
+        mallopt(-8, 1)                        # M_ARENA_MAX: else every thread has memory of its own, which is handed back
 
 
 # ---- tiles, joined rows, sums ----------------------------------------------------------------------------------------
@@ -79,6 +80,11 @@ def _gram(a, b):
     return (a.swapaxes(2, 3) @ b).sum(1)
 
 
+def _alone(value):
+    """The sums of all parts of an image, asked by an op that holds one; here it holds the whole. See restoration.banded."""
+    return [value]
+
+
 # ---- linear maps over channels ---------------------------------------------------------------------------------------
 
 def linear(x, weight, bias=None):
@@ -109,39 +115,13 @@ def _normalize(rows, xhat, rstd, eps=1e-6):
     xhat *= rstd
 
 
-def layernorm(x, weight, bias, eps=1e-6):
-    """In tiles, with `_normalize`'s means; scale and bias in joined rows."""
-    C = x.shape[-1]
-    rows = x.reshape(-1, C)
-    y, xhat, rstd = (np.empty((len(rows), n), x.dtype) for n in (C, C, 1))
-    for s in _cut(len(rows), TILE // C):
-        _normalize(rows[s], xhat[s], rstd[s], eps)
-        _biased(_scaled(xhat[s], weight, y[s]), bias)
-    return y.reshape(x.shape), (xhat, rstd, weight)
-
-
-def layernorm_backward(dy, cache):
-    """In tiles; mean(dy w) and mean(dy w xhat) are products with w/C."""
-    xhat, rstd, weight = cache
-    C = weight.size
-    rows, dx, dweight, dbias = dy.reshape(-1, C), np.empty_like(xhat), 0, 0
-    share = (weight / C)[:, None]
-    for s in _cut(len(rows), TILE // C):
-        product = rows[s] * xhat[s]
-        dweight, dbias = dweight + _sum(product), dbias + _sum(rows[s])
-        _scaled(rows[s], weight, dx[s])
-        dx[s] -= np.multiply(xhat[s], product @ share, out=product)
-        dx[s] -= rows[s] @ share
-        dx[s] *= rstd[s]
-    return dx.reshape(dy.shape), dweight, dbias
-
-
-def groupnorm(x, weight, bias, eps=1e-6):
+def groupnorm(x, weight, bias, eps=1e-6, gather=_alone):
     """The scale 1/std goes into the weight: x - mean is kept, xhat never formed. Half the time."""
     w, b = (_joined(v, x[0].size // x.shape[-1]) for v in (weight, bias))
     rows = x.reshape(len(x), -1)
-    centered = rows - rows.mean(1, keepdims=True)
-    rstd = 1 / np.sqrt(np.einsum("bn,bn->b", centered, centered) / rows.shape[1] + eps)
+    n, total = map(sum, zip(*gather((rows.shape[1], rows.sum(1, keepdims=True)))))
+    centered = rows - total / n
+    rstd = 1 / np.sqrt(sum(gather(np.einsum("bn,bn->b", centered, centered))) / n + eps)
     y = centered.reshape(len(x), -1, w.size) * (rstd[:, None, None] * w)
     y += b
     return y.reshape(x.shape), (centered, rstd, weight)
@@ -241,16 +221,11 @@ def _shifted(x, b, h):
     return as_strided(padded, (B, H - 2, 3, 3, (W - 2) * C), (image, row, row, pixel, channel), writeable=False)
 
 
-def _taps(weight, W):
-    """A depthwise kernel (C,1,3,3) repeated for each of W pixels: (3,3,WC)."""
-    return np.tile(weight[:, 0].transpose(1, 2, 0), W)
-
-
 def depthwise3x3(x, weight, bias):
     """einsum multiplies and adds in one pass over rows of W C numbers: a fifth of the time."""
     B, H, W, C = x.shape
     y = np.empty((B, H, W * C), x.dtype)
-    taps, bias = _taps(weight, W), np.tile(bias, W)
+    taps, bias = np.tile(weight[:, 0].transpose(1, 2, 0), W), np.tile(bias, W)        # (3,3,WC), (WC,)
     for b, h in _tiles(B, H, W * C):
         np.einsum("bhijk,ijk->bhk", _shifted(x, b, h), taps, out=y[b, h])
         y[b, h] += bias
@@ -262,7 +237,7 @@ def depthwise3x3_backward(dy, cache):
     x, weight = cache
     B, H, W, C = x.shape
     dx, dtaps = np.empty((B, H, W * C), x.dtype), np.zeros((3, 3, W * C), x.dtype)
-    taps = _taps(weight[:, :, ::-1, ::-1], W)
+    taps = np.tile(weight[:, 0, ::-1, ::-1].transpose(1, 2, 0), W)
     for b, h in _tiles(B, H, W * C):
         shifted, rows = _shifted(dy, b, h), x[b, h].reshape(-1, h.stop - h.start, W * C)
         np.einsum("bhijk,ijk->bhk", shifted, taps, out=dx[b, h])
@@ -290,15 +265,16 @@ gated_depthwise3x3_backward = partial(reference.gated_depthwise3x3_backward, con
                                       gate_backward=simple_gate_backward)
 
 
-def global_average_pool(x):
+def global_average_pool(x, gather=_alone):
     """A product with ones instead of a sum over two axes: a tenth of the time."""
     B, H, W, C = x.shape
-    return (np.full((1, H * W), 1 / (H * W), x.dtype) @ x.reshape(B, H * W, C))[:, None], (x.shape,)
+    parts = gather((H * W, (np.full((1, H * W), 1 / (H * W), x.dtype) @ x.reshape(B, H * W, C))[:, None]))
+    return sum(mean * (n / sum(n for n, _ in parts)) for n, mean in parts), (x.shape,)
 
 
 # ---- Continuous Expert Assembly --------------------------------------------------------------------------------------
 
-def summarize(xhat, W_K, W_V, Q, heads):
+def summarize(xhat, W_K, W_V, Q, heads, gather=_alone):
     """K and V are never formed: per head, Q (xhat W_K)^T = (Q W_K^T) xhat^T and P (xhat W_V) = (P xhat) W_V. Half the time."""
     B, N, C = xhat.shape
     R, D = Q.shape
@@ -307,7 +283,7 @@ def summarize(xhat, W_K, W_V, Q, heads):
     queries = (q @ w_K.swapaxes(1, 2) * (D // heads)**-0.5).reshape(-1, C)       # (hR,C): what each head of a query looks for
     E = xhat @ queries.T                                                           # (B,N,hR)
     k = math.gcd(N, 64)
-    top = E.reshape(B, N // k, -1).max(1).reshape(B, k, -1).max(1)              # (B,hR)
+    top = np.max(gather(E.reshape(B, N // k, -1).max(1).reshape(B, k, -1).max(1)), 0)     # (B,hR)
     shift = np.abs(top).max() > 30                                              # else exp neither overflows nor vanishes
     total, means = np.zeros((B, 1, heads * R), E.dtype), np.zeros((B, heads * R, C), E.dtype)
     for b, n in _tiles(B, N, heads * R):
@@ -317,6 +293,7 @@ def summarize(xhat, W_K, W_V, Q, heads):
         np.exp(e, out=e)
         total[b] += np.ones((1, e.shape[1]), e.dtype) @ e
         means[b] += _gram(e, xhat[b, n])
+    total, means = map(sum, zip(*gather((total, means))))
     share = 1 / total.swapaxes(1, 2)                                            # P^T = E^T share
     means *= share                                                              # P xhat
     z = means.reshape(B, heads, R, C) @ w_V                                     # (B,h,R,D/h)

@@ -113,11 +113,6 @@ def to_host(x):
     return cp.asnumpy(x)
 
 
-def synchronize():
-    """Wait for everything launched so far."""
-    cp.cuda.get_current_stream().synchronize()
-
-
 # ---- normalization ---------------------------------------------------------------------------------------------------
 
 def layernorm(x, weight, bias, eps=1e-6):
