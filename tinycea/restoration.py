@@ -3,7 +3,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError, Semaphore
+from queue import SimpleQueue
+from threading import Semaphore
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,17 +79,19 @@ def banded(images, p, config, ops=cpu, keep=False, threads=2):
     half = images.shape[1] // 2 // config.multiple() * config.multiple()
     if half < 64 or config.local or not getattr(config.adapter, "is_the_method", lambda: config.adapter is None)():
         return centered(images, p, config, ops, keep=False)
-    turn, barrier, said = Semaphore(threads), Barrier(2), ([], [])
+    turn, mail = Semaphore(threads), (SimpleQueue(), SimpleQueue())
 
     def gather(i, value):
-        said[i].append(value)
+        mail[1 - i].put(value)
         turn.release()
-        barrier.wait()
+        theirs = mail[i].get()
         turn.acquire()
-        return [values[len(said[i]) - 1] for values in said]
+        if isinstance(theirs, BaseException):
+            raise theirs
+        return value, theirs
 
     def bordered(i, op, x, *weights):
-        y, near = op(x, *weights)[0], gather(i, x[:, i - 1, None].copy())[1 - i]
+        y, (_, near) = op(x, *weights)[0], gather(i, x[:, i - 1, None])
         y[:, i - 1] = op(np.concatenate((near, x[:, :2]) if i else (x[:, -2:], near), 1), *weights)[0][:, 1]
         return y, None
 
@@ -98,10 +101,8 @@ def banded(images, p, config, ops=cpu, keep=False, threads=2):
         try:
             with turn, np.errstate(all="ignore"):
                 return centered(np.split(images, [half], 1)[i], p, config, SimpleNamespace(**vars(cpu) | own), keep=False)[0]
-        except BrokenBarrierError:            # the other half has failed
-            return None
-        except BaseException:
-            barrier.abort()
+        except BaseException as error:        # the other half waits for mail
+            mail[1 - i].put(error)
             raise
     with ThreadPoolExecutor(2) as executor:
         return np.concatenate(list(executor.map(restored, range(2))), 1), None

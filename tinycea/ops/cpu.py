@@ -26,9 +26,9 @@ def keep_memory():
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        mallopt(-3, 2**25)                    # M_MMAP_THRESHOLD: its largest value
-        mallopt(-1, 2**30)                    # M_TRIM_THRESHOLD
-        mallopt(-8, 1)                        # M_ARENA_MAX: else every thread has memory of its own, which is handed back
+        # M_MMAP_THRESHOLD, its largest value; M_TRIM_THRESHOLD; M_ARENA_MAX: else every thread has memory of its own, handed back.
+        for option, value in ((-3, 2**25), (-1, 2**30), (-8, 1)):
+            mallopt(option, value)
 
 
 # ---- tiles, joined rows, sums ----------------------------------------------------------------------------------------
