@@ -46,7 +46,13 @@ publish ablation table --split validation --suites aio5 patchwork --seeds 2 --ad
 # The layer as it is, with its ceiling.
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 $now
-publish told longer --suites aio5 --adapters none told mlp descriptor cea --seeds 1 --steps 4000 $now
+longer() { tinycea compare --out runs/told --seeds 3 --steps 4000 $now "$@"; }
+longer --suites aio5 cdd11 patchwork --adapters none told mlp descriptor cea
+longer --suites aio5 --adapters cea descriptor --rates 0.03
+longer --suites cdd11 --adapters descriptor --rates 0.03 --seeds 5
+longer --suites cdd11 --adapters mlp --rates 0.1 --seeds 5
+longer --suites cdd11 --adapters none told cea --seeds 5
+longer --suites aio5 --adapters none:sca=false told:sca=false descriptor:sca=false cea:sca=false
 
 # Rates, on the validation hundred: one table of all lines.
 mkdir -p data/results/rates
@@ -60,8 +66,20 @@ rates --suites cdd11 --seeds 2 --adapters cea --rates 0.000001 0.03 0.1 0.3 1
 rates --suites cdd11 --seeds 2 --adapters descriptor mlp --rates 0.03 0.1 0.3
 rates --suites patchwork --seeds 1 --adapters none
 rates --suites patchwork --seeds 1 --adapters cea descriptor mlp --rates 0.03 0.1 0.3
-python - > data/results/rates/table.txt <<'END'
+rates() { tinycea compare --split validation --out runs/rates-longer --steps 4000 $now "$@"; }
+rates --suites aio5 --seeds 3 --adapters none
+rates --suites aio5 --seeds 3 --adapters cea --rates 0.01 0.03 0.1
+rates --suites aio5 --seeds 2 --adapters descriptor --rates 0.03 0.1
+rates --suites aio5 --seeds 2 --adapters mlp --rates 0.1 0.3
+rates --suites cdd11 --seeds 2 --adapters none
+rates --suites cdd11 --seeds 2 --adapters cea descriptor --rates 0.03 0.1
+rates --suites cdd11 --seeds 2 --adapters mlp --rates 0.1 0.3
+python - <<'END'
+from pathlib import Path
 from tinycea.lab.comparison import finished, format_rows, rows
 from tinycea.runtime import machine
-print(format_rows(rows(finished("runs/rates"))), machine(), sep="\n")
+for folder, result in (("rates", "rates/table"), ("rates-longer", "rates/longer"), ("told", "told/longer")):
+    lines = [line for line in finished(f"runs/{folder}") if result != "told/longer" or line["recipe"].get("steps") != 1000]
+    Path(f"data/results/{result}.txt").write_text(f"{format_rows(rows(lines))}\n{machine()}\n")
 END
+cp runs/told/runs.jsonl data/results/told/
