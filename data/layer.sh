@@ -12,3 +12,9 @@ python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.tx
 cp runs/stains/runs.jsonl data/results/stains/
 python -m tinycea.lab.instruments "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
+
+# Three times the steps: one seed, fewer rows.
+python -c "
+from tinycea.lab import stains
+stains.OPTIONS = {'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.BARE}
+stains.main()" runs/photographs "$1" --steps 12000 --seeds 1 --out runs/stains-longer > data/results/stains/longer.txt

@@ -49,9 +49,9 @@ publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 
 longer() { tinycea compare --out runs/told --seeds 3 --steps 4000 $now "$@"; }
 longer --suites aio5 cdd11 patchwork --adapters none told mlp descriptor cea
 longer --suites aio5 --adapters cea descriptor --rates 0.03
-longer --suites cdd11 --adapters descriptor --rates 0.03 --seeds 5
-longer --suites cdd11 --adapters mlp --rates 0.1 --seeds 5
-longer --suites cdd11 --adapters none told cea --seeds 5
+longer --suites cdd11 --adapters none cea --seeds 5
+longer --suites cdd11 --adapters descriptor --rates 0.03
+longer --suites cdd11 --adapters mlp --rates 0.1
 longer --suites aio5 --adapters none:sca=false told:sca=false descriptor:sca=false cea:sca=false
 
 # Rates, on the validation hundred: one table of all lines.

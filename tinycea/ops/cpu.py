@@ -26,7 +26,7 @@ def keep_memory():
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        # M_MMAP_THRESHOLD, its largest value; M_TRIM_THRESHOLD; M_ARENA_MAX: else every thread has memory of its own, handed back.
+        # M_MMAP_THRESHOLD, its largest value; M_TRIM_THRESHOLD; M_ARENA_MAX: else every thread has memory of its own, handed back
         for option, value in ((-3, 2**25), (-1, 2**30), (-8, 1)):
             mallopt(option, value)
 
