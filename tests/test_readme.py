@@ -130,6 +130,26 @@ def test_the_table_of_stains_is_the_committed_one():
     assert f"it gains {gain['cea:sca=false']:.1f} dB, a rival {gain['descriptor:sca=false']:.1f}." in page
 
 
+def test_three_times_the_steps_are_the_committed_table():
+    text = (ROOT / "data/results/stains/longer.txt").read_text("utf-8")
+    cell = re.compile(r" (\d+\.\d\d)(?: ([+-]\d+\.\d\d) \[\S+ \S+\])?(?= |$)")
+    apart, overlapping = ({line.split()[0]: cell.findall(line)[1:] for line in block.splitlines() if len(cell.findall(line)) == 3}
+                          for block in text.split("\nstains-overlapping"))
+
+    def of(row, column, table=apart):
+        return " and ".join(cells[column].lstrip("+") for cells in table[row])
+
+    def lead(table):
+        return " and ".join(f"{float(a[1]) - float(b[1]):.2f}" for a, b in zip(table[bare], table["descriptor:sca=false"]))
+    page, bare = " ".join(RESULTS.split()), "cea:sca=false"
+    at_two, at_four = re.search(r"apart to (\S+) \[.*?\] dB at twice the size and (\S+) \[", page).groups()
+    assert of(bare, 1) == f"{at_two} and {at_four}" and f"at four times, {lead(apart)} ahead of the descriptor" in page
+    assert f"to {of(bare, 1, overlapping)}, {lead(overlapping)} ahead" in page
+    assert f"softmax CEA gains {of('cea-softmax', 1)}, CEA {of('cea', 1)}" in page
+    assert f"{of(bare, 0)} dB, the backbone with SCA {of('none', 0)}." in page
+    assert all(float(apart[bare][i][0]) == max(float(cells[i][0]) for cells in apart.values()) for i in (0, 1))
+
+
 def longer(suite, row):
     """PSNR and the gain over none with its interval of a row at 4000 steps; none for the row none."""
     block = re.search(rf"^{suite}, 4000 .*?\n\n", (ROOT / "data/results/told/longer.txt").read_text("utf-8"), re.M | re.S)[0]
