@@ -105,6 +105,15 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(whole, tmp
     same_log(tmp_path / "cut", whole)
 
 
+def test_interrupted_before_the_first_step_promises_nothing_and_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(job, "test_set", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(TINY, tmp_path / "cut")
+    assert not str(stop.value) and not (tmp_path / "cut").exists()
+
+
 @pytest.mark.slow
 def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "SAVE_SECONDS", 0)
