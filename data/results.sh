@@ -52,7 +52,6 @@ longer --suites aio5 --adapters cea descriptor --rates 0.03
 longer --suites cdd11 --adapters none cea --seeds 5
 longer --suites cdd11 --adapters descriptor --rates 0.03
 longer --suites cdd11 --adapters mlp --rates 0.1
-longer --suites aio5 --adapters none:sca=false told:sca=false descriptor:sca=false cea:sca=false
 
 # Rates, on the validation hundred: one table of all lines.
 mkdir -p data/results/rates

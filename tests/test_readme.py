@@ -168,6 +168,16 @@ def test_the_verdict_is_the_tables():
         assert f"| {title} | {' | '.join(' '.join(longer(*w)).strip() for w in zip(suites, names))} |" in RESULTS
 
 
+def test_the_ceiling_at_1000_steps_is_the_table_s():
+    page, text = " ".join(RESULTS.split()), (ROOT / "data/results/told/table.txt").read_text("utf-8")
+    blocks = [re.search(rf"^{suite}, 1000 .*?\n\n", text, re.M | re.S)[0] for suite in ("aio5", "cdd11", "patchwork")]
+    gains = {row: [re.search(rf"^{row} .* ([+-]\d\S+) \[\S+ \S+ +(-?\d+)%", block, re.M).groups() for block in blocks]
+             for row in ("told", "cea", *RIVALS)}
+    assert "told gains {}, {} and {} dB.".format(*(gain.removeprefix("+") for gain, _ in gains["told"])) in page
+    most = {row: max(int(share) for _, share in found) for row, found in gains.items()}
+    assert f"the token MLP takes {max(most[row] for row in RIVALS)} %, wider {most['wider']} %, CEA {most['cea']} %" in page
+
+
 def test_the_rates_of_the_longer_runs_are_the_best_on_validation():
     text = (ROOT / "data/results/rates/longer.txt").read_text("utf-8")
     for suite, best in (("aio5", ("cea, rate 0.03", "descriptor, rate 0.03", "mlp")),

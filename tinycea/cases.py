@@ -82,9 +82,9 @@ def cases(ops, seed=0):
     switches += [replace(switches[0], static="U")] + [replace(switches[0], norm=norm, tokens=tokens)
                                                       for norm, tokens in (("token", "Xhat"), ("image", "Xhat"), ("token", "X"))]
     for config in switches + [CEAConfig(rank=9, heads=2)]:
-        usual = (config.norm, config.tokens) == ("image", "X")
         label = f"{config.affinity}, {config.level}, static {config.static or 'none'}"
-        label = "fast weight" if config.rank == 9 else label if usual else f"{label}, {config.norm} norm, of {config.tokens}"
+        label += "" if (config.norm, config.tokens) == ("image", "X") else f", {config.norm} norm, of {config.tokens}"
+        label = "fast weight" if config.rank == 9 else label
         signed, k = replace(config, affinity="signed", level="token"), config.topk if config.affinity == "topk" else config.rank
         x, p = apart(ablations.shapes(6, config), lambda x, p: ablations.anatomy(ablations.forward(x, p, signed)[1])["S"], k)
         yield f"cea ({label})", 1e-6, *module(lambda x, p, c=config: ablations.forward(x, p, c, ops), ablations.backward, x, p)

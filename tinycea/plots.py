@@ -38,9 +38,10 @@ def before_after(results, path):
     heights = [r["images"][2].shape[0] / r["images"][2].shape[1] for r in results]
     figure = Figure((10.5, 3.5 * sum(heights) + 0.5 * len(results)), layout="constrained")
     for axes, r in zip(figure.subplots(len(results), 3, squeeze=False, height_ratios=heights), results):
-        below = [*("{:.2f} dB, SSIM {:.3f}".format(*r[when]) for when in ("before", "after")), "the reference"]
-        for arguments in zip(axes, r["images"], (f"{r['photograph']}, {r['entry']}", "restored", "clean"), below):
-            show(*arguments)
+        degraded, restored, clean = r["images"]
+        show(axes[0], degraded, f"{r['photograph']}, {r['entry']}", "{:.2f} dB, SSIM {:.3f}".format(*r["before"]))
+        show(axes[1], restored, "restored", "{:.2f} dB, SSIM {:.3f}".format(*r["after"]))
+        show(axes[2], clean, "clean", "the reference")
     save(figure, path)
 
 

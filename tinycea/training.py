@@ -216,8 +216,8 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
             learn(recipe, progress, out, workers, threads or os.cpu_count())
             return finish(recipe, progress.states[0].p, progress.logs[0], out)
         except KeyboardInterrupt:             # before the first step there is nothing to go on with
-            raise KeyboardInterrupt((f"stopped after step {len(progress.logs[0])} of {recipe.steps}; `tinycea train --resume "
-                                     f"--out {out}` goes on") * bool(progress.logs[0])) from None
+            raise KeyboardInterrupt(f"stopped after step {len(progress.logs[0])} of {recipe.steps}; `tinycea train --resume "
+                                    f"--out {out}` goes on" if progress.logs[0] else "") from None
 
 
 def learn(recipe, progress, out, workers, threads):

@@ -260,9 +260,8 @@ def simple_gate_backward(dy, cache):
     return np.einsum("nkc,nc->nkc", halves[:, ::-1], dy.reshape(-1, dy.shape[-1])).reshape(*dy.shape[:-1], -1)
 
 
-gated_depthwise3x3 = partial(reference.gated_depthwise3x3, conv=depthwise3x3, gate=simple_gate)
-gated_depthwise3x3_backward = partial(reference.gated_depthwise3x3_backward, conv_backward=depthwise3x3_backward,
-                                      gate_backward=simple_gate_backward)
+gated_depthwise3x3 = partial(reference.gated_depthwise3x3, conv=depthwise3x3, sg=simple_gate)
+gated_depthwise3x3_backward = partial(reference.gated_depthwise3x3_backward, conv=depthwise3x3_backward, sg=simple_gate_backward)
 
 
 def global_average_pool(x, gather=_alone):

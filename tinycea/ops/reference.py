@@ -205,17 +205,17 @@ def simple_gate_backward(dy, cache):
     return np.concatenate((dy * b, dy * a), -1)
 
 
-def gated_depthwise3x3(x, weight, bias, conv=depthwise3x3, gate=simple_gate):
+def gated_depthwise3x3(x, weight, bias, conv=depthwise3x3, sg=simple_gate):
     """`depthwise3x3`, then `simple_gate`, or a backend's own. x (B,H,W,2C), weight (2C,1,3,3), bias (2C,) -> (B,H,W,C)."""
     f, c_conv = conv(x, weight, bias)
-    y, c_gate = gate(f)
+    y, c_gate = sg(f)
     return y, (c_conv, c_gate)
 
 
-def gated_depthwise3x3_backward(dy, cache, conv_backward=depthwise3x3_backward, gate_backward=simple_gate_backward):
+def gated_depthwise3x3_backward(dy, cache, conv=depthwise3x3_backward, sg=simple_gate_backward):
     """The two backwards in turn."""
     c_conv, c_gate = cache
-    return conv_backward(gate_backward(dy, c_gate), c_conv)
+    return conv(sg(dy, c_gate), c_conv)
 
 
 def global_average_pool(x):
