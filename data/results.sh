@@ -73,11 +73,18 @@ rates --suites aio5 --seeds 2 --adapters mlp --rates 0.1 0.3
 rates --suites cdd11 --seeds 2 --adapters none
 rates --suites cdd11 --seeds 2 --adapters cea descriptor --rates 0.03 0.1
 rates --suites cdd11 --seeds 2 --adapters mlp --rates 0.1 0.3
+
+# The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
+curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }
+curve --adapters none told mlp
+curve --adapters descriptor cea --rates 0.03
+python data/recognizer.py "$1" > data/results/length/recognizer.txt
 python - <<'END'
 from pathlib import Path
 from tinycea.lab.comparison import finished, format_rows, rows
 from tinycea.runtime import machine
-for folder, result in (("rates", "rates/table"), ("rates-longer", "rates/longer"), ("told", "told/longer")):
+for folder, result in (("rates", "rates/table"), ("rates-longer", "rates/longer"), ("curve", "length/curve"),
+                       ("told", "told/longer")):
     lines = [line for line in finished(f"runs/{folder}") if result != "told/longer" or line["recipe"].get("steps") != 1000]
     Path(f"data/results/{result}.txt").write_text(f"{format_rows(rows(lines))}\n{machine()}\n")
 END

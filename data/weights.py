@@ -1,10 +1,10 @@
 """The fourteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
 
 The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; what is
-shipped is one more. From the fifth on they were run with the code of commit 2865038, where dead leaves lose their depth and
-illumination when shown in other light; from the eighth on with that of b255acf on top of it, where every third scene is
-overexposed: its sky turns white; the last four with that of f7cc144, eab9d7d, cf4dc88 and 8d51e14: of four patches three are
-photographs, and what gained too little (blur, haze) or was harmed (JPEG, nothing at all) is drawn more often.
+shipped is one more. The first four were run with the code of commit 0125695; from the fifth on with that of 2865038, where dead
+leaves lose their depth and illumination when shown in other light; from the eighth on with that of b255acf on top of it, where
+every third scene is overexposed: its sky turns white; the last four with that of f7cc144, eab9d7d, cf4dc88 and 8d51e14: of four
+patches three are photographs, and what gained too little (blur, haze) or was harmed (JPEG, nothing at all) is drawn more often.
 """
 import json
 from pathlib import Path

@@ -103,7 +103,7 @@ row("One drawn scene under five formulas", (J, *images), ("clean", *entries),
 # ## 2. One training step through the flat buffer
 #
 # A *recipe* holds everything a run is made of. Its data: crops of 64 × 64 pixels, half from dead leaves, half from photographs,
-# in other light and each with one degradation, from mild to strong; one in ten with none. The network is the toy model, a small
+# in other light and each with one degradation, weak or strong; one in ten with none. The network is the toy model, a small
 # NAFNet with a CEA layer after each of its three stages. Its parameters are one array `p.flat`. `p["intro.weight"]` is a *view*:
 # the same memory under a name and a shape
 # ([`Params`](../tinycea/params.py)). The gradient is a second array of the same layout.
@@ -128,7 +128,8 @@ assert sum(value.size for value in p.values()) == p.flat.size and not np.shares_
 # \frac{\partial L}{\partial \hat y_b} = \frac{20}{B\, n \ln 10} \cdot \frac{\hat y_b - y_b}{\mathrm{MSE}_b + \epsilon} .$$
 #
 # The network's backward takes it and adds every parameter's gradient into the views of `g`. [`gradient`](../tinycea/training.py)
-# is the lines below, with the faster arithmetic of [`ops/cpu`](../tinycea/ops/cpu.py).
+# is the lines below, with the faster arithmetic of [`ops/cpu`](../tinycea/ops/cpu.py). A run adds one thing: the gradient of an
+# image that leaves worse than it came is multiplied by `CARE` = 4. A restorer shall do no harm.
 
 # %%
 restored, cache = nafnet.centered(degraded, p, config, ops)     # centered: the network works on 2 x - 1
@@ -350,7 +351,7 @@ g, m, v = p.zeros_like(), p.zeros_like().flat, p.zeros_like().flat
 decay, rates, losses = recipe.decay * optim.decay_mask(p), rates_of(p), []
 for step in range(recipe.steps):
     degraded, clean = feed.batch(recipe, step)
-    losses.append(training.gradient(degraded, clean, p, config, cpu, g, recipe.floor))
+    losses.append(training.gradient(degraded, clean, p, config, cpu, g, recipe.floor, training.CARE))
     optim.clip_by_norm(g.flat, recipe.clip)
     rate = optim.warmup_cosine((step + 1) / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
     ops.adamw(p.flat, g.flat, m, v, step + 1, rate * rates, decay)

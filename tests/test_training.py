@@ -20,7 +20,8 @@ from tinycea import evaluation, feed, plots
 from tinycea import training as job
 from tinycea.evaluation import evaluate, psnr, ssim, table
 from tinycea.images import write_image
-from tinycea.nafnet import init
+from tinycea.nafnet import centered, init
+from tinycea.ops import cpu
 from tinycea.optim import warmup_cosine
 from tinycea.restoration import restore_rgb
 from tinycea.runtime import InputError
@@ -130,6 +131,27 @@ def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypa
     assert len(log(tmp_path / "cut")) == 3
     train(TINY, tmp_path / "cut", resume=True)
     assert same_model(tmp_path / "cut", whole)
+
+
+def test_an_image_that_leaves_worse_than_it_came_counts_care_times():
+    config, rng = network("cea"), np.random.default_rng(0)
+    p, images = init(config, rng), rng.random((2, 16, 16, 3), np.float32)
+    clean = images.copy()                     # the first is clean already: a fresh network harms it
+    clean[1] = 0.9 * centered(images, p, config)[0][1] + 0.1 * images[1]        # the second it helps
+
+    def gradient(which, care):
+        g = p.zeros_like()
+        job.gradient(images[which], clean[which], p, config, cpu, g, 3e-4, care)
+        return g.flat
+    worse, better = gradient([0], 1), gradient([1], 1)
+    assert np.abs(worse).max() > 0 < np.abs(better).max()
+    for care in (1, 4):
+        expected = (care * worse + better) / 2
+        assert np.abs(gradient([0, 1], care) - expected).max() < 1e-5 * np.abs(expected).max()
+    chunk = job.chunk_gradient(images, clean, p, replace(TINY, floor=3e-4))[1]
+    np.testing.assert_array_equal(chunk, gradient([0, 1], job.CARE))
+    nominal = job.chunk_gradient(images, clean, p, replace(TINY, floor=3e-4, nominal=True))[1]
+    np.testing.assert_array_equal(nominal, gradient([0, 1], 1))
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

@@ -245,8 +245,7 @@ def patchwork(scene, rng, names=None, strength=1.0):
     ramps = [np.ones(shape, np.float32), *ramps, np.zeros(shape, np.float32)]
     mask = np.stack([here - beyond for here, beyond in zip(ramps, ramps[1:])], axis=-1)
     parts = [compose(scene, name.split("+"), rng, strength) for name in names]
-    image = sum(mask[..., i:i + 1] * part for i, part in enumerate(parts))
-    return np.clip(image, 0, 1), mask, names
+    return np.clip(sum(mask[..., i:i + 1] * part for i, part in enumerate(parts)), 0, 1), mask, names
 
 
 def stains(scene, rng, overlapping=False, strength=1.0):

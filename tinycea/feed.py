@@ -61,7 +61,7 @@ def batch(recipe, step, degrade=apply):
 
     Of a recipe with pairs, the first half comes from these, as they are, and without a suite the whole.
     Unless the recipe is nominal, the network shall learn to do no harm: scenes are `varied`, one patch in ten is not degraded
-    at all, the others with a strength of U(0.2, 1.3), and every other gray one as by a gray camera, all channels alike.
+    at all, the others with a strength of U(0.5, 1.3), and every other gray one as by a gray camera, all channels alike.
     """
     rng, entries, pairs = np.random.default_rng([recipe.seed, BATCHES, step]), entries_of(recipe), []
     for i in range(recipe.batch):
@@ -73,7 +73,7 @@ def batch(recipe, step, degrade=apply):
         scene, entry = levels[rng.integers(len(levels))], entries[rng.integers(len(entries))]
         scene, strength = crop(scene, recipe.patch, rng), 1
         if not recipe.nominal:
-            scene, strength = varied(scene, rng), rng.uniform(0.2, 1.3)
+            scene, strength = varied(scene, rng), rng.uniform(0.5, 1.3)
             entry = "clean" if rng.random() < 0.1 else entry
         degraded = degrade(scene, entry, rng, strength)
         if not recipe.nominal and np.ptp(scene.image, -1).max() == 0 and rng.random() < 0.5:

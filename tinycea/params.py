@@ -98,8 +98,7 @@ def array(data, kind, shape):
 def metadata_in(path, data):
     """What `save` was told beside the arrays; InputError for a safetensors file of others, or of another version."""
     try:
-        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        metadata = json.loads(header["__metadata__"]["tinycea"])
+        metadata = json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tinycea"])
         version = metadata.pop("version")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: a safetensors file, but not one that tinycea wrote") from None

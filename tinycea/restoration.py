@@ -46,8 +46,7 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
 
     def restored(y, x, down, right):
         ops = answering(lambda *_, left=iter(known): next(left)) if known else cpu
-        part = mirrored(image[y:y + len(down), x:x + len(right)], model, ops, forward)
-        return part * (down[:, None, None] * right[:, None])
+        return mirrored(image[y:y + len(down), x:x + len(right)], model, ops, forward) * (down[:, None, None] * right[:, None])
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as executor, \
             tqdm(total=len(rows) * len(columns), desc="restoring", unit="window", delay=2, leave=False, disable=None) as bar:

@@ -125,8 +125,7 @@ def conv3x3(x, weight, bias):
 def conv3x3_backward(dy, cache):
     """dx is dy convolved with the kernel flipped and its channels exchanged; dw correlates dy with the input windows."""
     windows, weight = cache
-    flipped = weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
-    dx, _ = conv3x3(dy, flipped, 0)
+    dx, _ = conv3x3(dy, weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3), 0)
     return dx, np.tensordot(dy, windows, ((0, 1, 2), (0, 1, 2))), dy.sum((0, 1, 2))
 
 
@@ -436,8 +435,7 @@ def keep_topk_backward(dy, cache):
 def gate_experts(S, G):
     """Each expert's r affinities times its gate. S (B,N,E r), G (B,N,E), or (B,1,E) for all tokens -> (B,N,E r)."""
     B, N, _ = S.shape
-    T = S.reshape(B, N, G.shape[-1], -1) * G[..., None]
-    return T.reshape(S.shape), (S, G)
+    return (S.reshape(B, N, G.shape[-1], -1) * G[..., None]).reshape(S.shape), (S, G)
 
 
 def gate_experts_backward(dT, cache):
