@@ -143,11 +143,9 @@ def crop(scene, size, rng):
 def varied(scene, rng):
     """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray."""
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
-    if rng.random() < 1 / 3:                   # overexposed: skies turn white
-        image = np.minimum(1, image * np.float32(rng.uniform(1, 2)))
     if rng.random() < 1 / 8:
         image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    return Scene(image)
+    return scene._replace(image=image)
 
 
 def photographs(split, images=None):
