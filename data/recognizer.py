@@ -14,6 +14,7 @@ from tinycea.nafnet import NAFNetConfig, init, nafblock, nafblock_backward
 from tinycea.ops import cpu as ops
 from tinycea.optim import clip_by_norm, decay_mask, warmup_cosine
 from tinycea.params import Params, accumulate, under
+from tinycea.runtime import machine
 
 BLOCKS = "encoders.0.0", "middle_blks.0", "middle_blks.1"
 
@@ -78,3 +79,4 @@ if __name__ == "__main__":
         right = np.array([name == entry for name, (entry, *_) in zip(found, tests)]).reshape(-1, len(names))
         each = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, right.mean(0)))
         print(f"{recipe.steps:5d} steps, seed {recipe.seed}: right in {right.mean():.2f} ({each})", flush=True)
+    print(machine())

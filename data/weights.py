@@ -1,10 +1,11 @@
-"""The fourteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
+"""The sixteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
 
-The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; what is
-shipped is one more. The first four were run with the code of commit 0125695; from the fifth on with that of 2865038, where dead
+The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; the end of
+the last is shipped. The first four were run with the code of commit 0125695; from the fifth on with that of 2865038, where dead
 leaves lose their depth and illumination when shown in other light; from the eighth on with that of b255acf on top of it, where
-every third scene is overexposed: its sky turns white; the last four with that of f7cc144, eab9d7d, cf4dc88 and 8d51e14: of four
-patches three are photographs, and what gained too little (blur, haze) or was harmed (JPEG, nothing at all) is drawn more often.
+every third scene is overexposed: its sky turns white; from the eleventh on with that of f7cc144, eab9d7d, cf4dc88, 8d51e14,
+ddb19b8 and 84b919c: of four patches three are photographs, what gained too little (blur, haze) or was harmed (JPEG, nothing at
+all) is drawn more often, and in the last two an image that leaves worse than it came counts five and four times.
 """
 import json
 from pathlib import Path
@@ -36,9 +37,11 @@ TRAININGS = ({"steps": 44_000, "patch": 64, "batch": 6, "floor": 1e-3},
              SMALL | {"steps": 15_000, "lr": 1.2e-3, "seed": 11},
              SMALL | {"steps": 5_000, "lr": 7e-4, "seed": 12},
              SMALL | {"steps": 5_500, "lr": 9e-4, "seed": 13},
-             SMALL | {"steps": 4_500, "lr": 7e-4, "seed": 14})
-# What a training starts from is the mean of this and of the end of the one before it; the last one is shipped.
-MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13", 15: "mean-14"}
+             SMALL | {"steps": 4_500, "lr": 7e-4, "seed": 14},
+             SMALL | {"steps": 5_000, "lr": 9e-4, "seed": 15},
+             SMALL | {"steps": 4_000, "lr": 6e-4, "seed": 16})
+# What a training starts from is the mean of this and of the end of the one before it.
+MEANS = {9: "weights-7/model", 10: "mean-9", 11: "mean-10", 13: "mean-11", 14: "mean-13", 15: "mean-14", 16: "mean-15"}
 
 
 def halves(source, target):

@@ -205,15 +205,15 @@ def test_the_last_networks_are_those_of_the_validation_table():
     _, *blocks = re.split(r"^runs/.*$", (ROOT / "data/results/harm/validation.txt").read_text("utf-8"), flags=re.M)
     table = re.search(r"^  \| \| clean \| JPEG 40 .*?\n\n", RESULTS, re.M | re.S)[0]
     shown = [line.split(" | ")[2:] for line in table.removesuffix(" |\n\n").split(" |\n")[1:]]
-    assert len(shown) == len(blocks) - 1 == 14                    # the first is without the mirrored border
-    gains = []
+    assert len(shown) == len(blocks) - 1 == 18                    # the first is without the mirrored border
+    harm = []
     for line, block in zip(shown, blocks[1:]):
         rows = {row[:28].strip(): row[28:].split() for row in block.splitlines()}
         names = "jpeg, quality 40", "noise25", "haze", "low", "low+snow", "blur"
-        assert line == [rows["clean"][0], *(rows[name][2] for name in names), rows["blur"][3]]
-        gains.append([sum(float(row[2]) for row in rows.values() if len(row) > 4 and row[4].endswith("%")),
-                      float(line[1]) >= 0 and float(line[6]) >= 0.2])
-    assert max(total for total, right in gains if right) == gains[-1][0]
+        gains, lost = zip(*((float(row[2]), int(row[4][:-1])) for row in rows.values() if len(row) > 4 and row[4].endswith("%")))
+        assert line == [rows["clean"][0], *(rows[name][2] for name in names), rows["blur"][3], f"{np.mean(lost):.2f} %"]
+        harm.append(np.mean(lost) if np.mean(gains) >= 5.4 else np.inf)
+    assert np.argmin(harm) == 16 and "**sixteenth: taken**" in table.splitlines()[2 + 16]
 
 
 def test_rates_and_the_control_are_the_table_s():
@@ -227,6 +227,17 @@ def test_rates_and_the_control_are_the_table_s():
     assert f"{-best:.2f} dB behind on `cdd11`" in page
     mean, low, high = (n.lstrip("+-") for n in gains["cdd11", "cea, rate 1e-06"])
     assert f"is {mean} [{high}, {low}] dB behind none on `cdd11`" in page
+
+
+def test_the_curve_is_that_of_the_committed_tables():
+    _, *blocks = re.split(r"^aio5, (\d+) steps", (ROOT / "data/results/length/curve.txt").read_text("utf-8"), flags=re.M)
+    recognized = re.findall(r"(\d+) steps.*?in (\S+)", (ROOT / "data/results/length/recognizer.txt").read_text("utf-8"))
+    assert len(blocks) == 2 * 4
+    for steps, block in zip(blocks[::2], blocks[1::2]):
+        psnr = dict(re.findall(r"^(\w+).* \d+ +\d+ +[\d.]+ +([\d.]+) ", block, re.M))
+        shares = ", ".join(share for n, share in recognized if n == steps)
+        row = [steps, *(psnr[name] for name in ("told", "none", "cea", "descriptor", "mlp")), shares]
+        assert f"| {' | '.join(row)} |" in RESULTS
 
 
 def test_the_intervals_of_gains_are_as_wide_as_said():
