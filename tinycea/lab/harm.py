@@ -54,8 +54,8 @@ def judged(i, folder, split, weights, classical):
             sigma = SIGMAS[row] / 255
             images |= {("non-local means", s): non_local_means(image, s * sigma, sigma) for s in STRENGTHS}
             if find_spec("bm3d"):
-                import bm3d
-                images["BM3D", 1] = bm3d.bm3d_rgb(image, sigma)
+                from bm3d import bm3d, bm3d_rgb
+                images["BM3D", 1] = np.dstack([bm3d(image[..., 0], sigma)] * 3) if "gray" in row else bm3d_rgb(image, sigma)
         found[row] = {key: psnr(np.clip(y, 0, 1), clean) for key, y in images.items()}
     return found
 
