@@ -8,6 +8,7 @@ python data/weights.py
 tinycea demo -o data/demo.png
 mkdir -p data/results/harm
 python -m tinycea.lab.harm "$1" --classical > data/results/harm/test.txt
+# With `pip install bm3d`, a third of an hour: python -m tinycea.lab.harm "$1" --classical --count 20 > data/results/harm/bm3d.txt
 
 # The choice among the last networks. The first table in validation.txt was made with MARGIN = 0 in restoration.py.
 PYTHONPATH=data python -c 'import weights

@@ -82,6 +82,14 @@ def test_the_sentences_around_them_are_too():
     assert "Noise: {:.2f}, {:.2f} and {:.2f} dB above".format(*ahead) in text and f"photographs {-ahead[3]:.2f} dB below" in text
 
 
+def test_bm3d_is_as_far_ahead_as_said():
+    table = (ROOT / "data/results/harm/bm3d.txt").read_text("utf-8")
+    rows = re.findall(r"^(noise\d+|gray photograph, noise 25) +\S+ +(\S+) .*BM3D (\S+)", table, re.M)
+    (a, x), (b, y), (c, z), (d, w) = (row[1:] for row in rows)
+    assert "20 photographs of the test split" in table and f"{x}, {y} and {z} dB at σ 15" in " ".join(RESULTS.split())
+    assert f"told nothing: {a}, {b} and {c}. Gray: {w} and {d}." in " ".join(RESULTS.split())
+
+
 def test_there_is_one_test_set():
     degraded = re.search(r"^aio5.*photographs:.*\n.*\ndegraded +(\S+)", headline("table.txt"), re.M)[1]
     assert f"{average(RUN, 'psnr_before'):.2f}" == degraded
