@@ -10,52 +10,53 @@ import numpy as np
 from tinycea.evaluation import test_set
 from tinycea.feed import batch, entries_of
 from tinycea.lab.comparison import LABELS, grid, told
-from tinycea.nafnet import NAFNetConfig, init, nafblock, nafblock_backward
+from tinycea.nafnet import NAFNetConfig, _stage, _stage_backward, init
 from tinycea.ops import cpu as ops
 from tinycea.optim import clip_by_norm, decay_mask, warmup_cosine
-from tinycea.params import Params, accumulate, under
+from tinycea.params import Params, accumulate
 from tinycea.runtime import machine
 
-BLOCKS = "encoders.0.0", "middle_blks.0", "middle_blks.1"
+CONFIG = NAFNetConfig(adapter=None)
 
 
 def forward(images, p):
     """Logits (B,names) of images (B,H,W,3) in [0,1], and what `backward` needs."""
     x, _ = ops.pixel_unshuffle(2 * images - 1, 2)
     x, c_intro = ops.conv3x3(x, p["intro.weight"], p["intro.bias"])
-    caches = []
-    for i, block in enumerate(BLOCKS):
-        if i == 1:
-            x, c_down = ops.down2x2(x, p["downs.0.weight"], p["downs.0.bias"])
-        x, cache = nafblock(x, under(p, block))
-        caches.append(cache)
+    x, c_encoder = _stage(x, None, p, "encoders.0", CONFIG, ops, True)
+    x, c_down = ops.down2x2(x, p["downs.0.weight"], p["downs.0.bias"])
+    x, c_middle = _stage(x, None, p, "middle_blks", CONFIG, ops, True)
     means, c_means = ops.global_average_pool(x)
     logits, c_logits = ops.linear(means[:, 0, 0], p["names.weight"], p["names.bias"])
-    return logits, (c_intro, c_down, caches, c_means, c_logits)
+    return logits, (c_intro, c_encoder, c_down, c_middle, c_means, c_logits)
 
 
 def backward(dlogits, cache, g):
     """Every parameter's gradient added into g: the forward read from the bottom up."""
-    c_intro, c_down, caches, c_means, c_logits = cache
+    c_intro, c_encoder, c_down, c_middle, c_means, c_logits = cache
     dmeans = accumulate(g, ops.linear_backward(dlogits, c_logits), "names.weight", "names.bias")
     dx = ops.global_average_pool_backward(dmeans[:, None, None], c_means)
-    for i in reversed(range(len(BLOCKS))):
-        dx = nafblock_backward(dx, caches[i], under(g, BLOCKS[i]))
-        if i == 1:
-            dx = accumulate(g, ops.down2x2_backward(dx, c_down), "downs.0.weight", "downs.0.bias")
+    dx = _stage_backward(dx, c_middle, g, "middle_blks")
+    dx = accumulate(g, ops.down2x2_backward(dx, c_down), "downs.0.weight", "downs.0.bias")
+    dx = _stage_backward(dx, c_encoder, g, "encoders.0")
     accumulate(g, ops.conv3x3_backward(dx, c_intro), "intro.weight", "intro.bias")
+
+
+def fresh(names, seed, dtype=np.float32):
+    """The parameters of a new classifier: a new network's, and zeros for the linear map."""
+    full, channels = init(CONFIG, np.random.default_rng(seed), dtype), CONFIG.stages()["middle_blks"][0]
+    p = Params({name: value.shape for name, value in full.items() if name.startswith(("intro", "encoders", "downs", "middle"))}
+               | {"names.weight": (channels, len(names)), "names.bias": (len(names),)}, dtype)
+    for name in full.keys() & p.keys():
+        p[name] = full[name]
+    return p
 
 
 def learn(recipe, names):
     """The parameters of a classifier trained as the recipe says."""
-    full = init(NAFNetConfig(adapter=None), np.random.default_rng(recipe.seed))
-    used = ("intro.", "downs.0.", *(block + "." for block in BLOCKS))
-    p = Params({name: value.shape for name, value in full.items() if name.startswith(used)}
-               | {"names.weight": (48, len(names)), "names.bias": (len(names),)})
-    for name, value in full.items():
-        if name in p:
-            p[name][...] = value
+    p = fresh(names, recipe.seed)
     g, m, v = (p.zeros_like() for _ in range(3))
+    decay = recipe.decay * decay_mask(p)
     for step in range(recipe.steps):
         images, _ = batch(recipe, step, told)
         right = images[:, 0, 0, 3:][:, [LABELS.index(name) for name in names]] > 0.5
@@ -66,7 +67,7 @@ def learn(recipe, names):
         backward((share - right).astype(np.float32) / len(right), cache, g)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine((step + 1) / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
-        ops.adamw(p.flat, g.flat, m.flat, v.flat, step + 1, rate, recipe.decay * decay_mask(p))
+        ops.adamw(p.flat, g.flat, m.flat, v.flat, step + 1, rate, decay)
     return p
 
 

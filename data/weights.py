@@ -1,7 +1,7 @@
 """The sixteen trainings behind the weights in the package, see weights.sh: patches grow, and each starts from an earlier end.
 
 The sixth and ninth are without compositions, the others with. MEANS says which start from the mean of two networks; the end of
-the last is shipped. The first four were run with the code of commit 0125695; from the fifth on with that of 2865038, where dead
+the last is shipped. The first four want the code of commit 0125695 or before; from the fifth on that of 2865038, where dead
 leaves lose their depth and illumination when shown in other light; from the eighth on with that of b255acf on top of it, where
 every third scene is overexposed: its sky turns white; from the eleventh on with that of f7cc144, eab9d7d, cf4dc88, 8d51e14,
 ddb19b8 and 84b919c: of four patches three are photographs, what gained too little (blur, haze) or was harmed (JPEG, nothing at

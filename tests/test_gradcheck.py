@@ -3,8 +3,10 @@
 Also what only whole modules can show: gradients are added, every parameter gets one, and a fresh CEA layer is the identity.
 """
 import json
+import runpy
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
 import numpy as np
@@ -340,6 +342,19 @@ def test_gradients_are_added_never_written_over(adapter):
     nothing = [name for name, value in once.items() if not value.any()]
     off = np.abs(more.flat - start - once.flat).max()
     assert not nothing and off < RTOL["same sum in another order"] * np.abs(more.flat).max()
+
+
+def test_the_recognizer_s_gradient_is_right():
+    program = runpy.run_path(str(Path(__file__).parents[1] / "data" / "recognizer.py"))
+    rng, p = np.random.default_rng(0), program["fresh"](("noise", "rain", "haze"), 0, np.float64)
+    p.flat += rng.normal(0, 0.1, p.flat.shape)
+
+    def backward(dy, cache):
+        g = p.zeros_like()
+        program["backward"](dy, cache, g)
+        return (g.flat,)
+    images = rng.random((2, 8, 12, 3))
+    gradcheck.assert_gradients(lambda w: program["forward"](images, p.over(w)), backward, {"w": p.flat})
 
 
 def test_image_without_caches_is_the_same_image():

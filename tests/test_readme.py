@@ -82,6 +82,19 @@ def test_the_sentences_around_them_are_too():
     assert "Noise: {:.2f}, {:.2f} and {:.2f} dB above".format(*ahead) in text and f"photographs {-ahead[3]:.2f} dB below" in text
 
 
+def test_the_recipe_before_and_now_are_those_of_the_committed_tables():
+    for name, row in (("clean, PSNR", "clean"), ("JPEG of quality 90, gain", "jpeg, quality 90"), ("noise 25, gain", "noise25"),
+                      ("rain, gain", "rain"), ("haze, gain", "haze"), ("low light, gain", "low"), ("blur, photographs", "blur")):
+        cells = []
+        for file in "validation-before.txt", "validation.txt":
+            text = (ROOT / "data/train" / file).read_text("utf-8")
+            found = [line.split() for line in re.findall(rf"^{row} +(.*)", text, re.M)]
+            assert len(found) == 3                                # seeds
+            cells.append(", ".join(f"{v[0]} ({v[1]})" if row == "clean" else v[4].replace("%", " %") if row == "blur" else v[2]
+                                   for v in found))
+        assert re.search(rf"^\| {name}.* \| {re.escape(cells[0])} \| {re.escape(cells[1])}", RESULTS, re.M), (name, cells)
+
+
 def test_bm3d_is_as_far_ahead_as_said():
     table = (ROOT / "data/results/harm/bm3d.txt").read_text("utf-8")
     rows = re.findall(r"^(noise\d+|gray photograph, noise 25) +\S+ +(\S+) .*BM3D (\S+)", table, re.M)
