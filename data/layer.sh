@@ -16,5 +16,5 @@ python -m tinycea.lab.instruments "$1" runs/stains/models/stains-{cea,cea_sca_fa
 # Three times the steps: one seed, fewer rows.
 python -c "
 from tinycea.lab import stains
-stains.OPTIONS = {'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.BARE}
+stains.OPTIONS = {'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.OPTIONS[':sca=false']}
 stains.main()" runs/photographs "$1" --steps 12000 --seeds 1 --out runs/stains-longer > data/results/stains/longer.txt

@@ -2,7 +2,7 @@
 import json
 import os
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -23,6 +23,24 @@ def side(outputs, seconds):
 def test_sides_take_turns_and_every_run_counts():
     asks = {"a": side([np.ones(3)], [1, 2, 3]), "b": side([np.ones(3)], [4, 5, 6])}
     assert bench.race(asks, "inference", (1, 8), 3) == {"a": [1, 2, 3], "b": [4, 5, 6]}
+
+
+def test_each_side_gets_three_processes_and_all_their_turns_count(monkeypatch):
+    """What a process got by luck stays with it: the median is over several."""
+    lives = []
+
+    @contextmanager
+    def contender(*side):
+        lives.append(side)
+        yield len(lives)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(bench, "contender", contender)
+    monkeypatch.setattr(bench, "race", lambda asks, kind, size, rounds: {side: [life] * rounds for side, life in asks.items()})
+    monkeypatch.setattr(bench, "PEAKS", [])
+    rows = list(bench.bench())
+    assert lives == [("tinycea", 1)] * 3
+    assert [row["ours_s"] for row in rows] == [2] * len(bench.JOBS)
 
 
 @pytest.mark.parametrize("wrong", [[np.ones(3), np.array([1, 2, 3.01])], [np.ones(3), -np.array([1, 2, 3.0])], [np.ones(3)],

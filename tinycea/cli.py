@@ -108,7 +108,7 @@ def parser():
     sub.add_argument("--backend", default="cpu", help="cpu, cuda or reference (default cpu)")
     sub.add_argument("--seed", type=natural, default=0, help="of inputs and directions (default 0)")
 
-    sub = command(bench, "race against the same network in PyTorch, where that is installed (ten minutes)")
+    sub = command(bench, "race against the same network in PyTorch, where that is installed (twelve minutes)")
     sub.add_argument("--json", action="store_true", help="print a list of rows as JSON")
     sub.add_argument("--quick", action="store_true", help="a few rows and rounds, in about a minute")
     sub.add_argument("--backend", default="cpu", choices=("cpu", "cuda"), help="cuda: the kernels, and PyTorch on the same GPU")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import time
+from collections import defaultdict
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
+from tqdm import tqdm
 
 from .. import cea, nafnet, restoration
 from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
@@ -23,8 +25,8 @@ from ..params import Params, under
 from ..runtime import InputError, machine, peak_memory, pool, shared
 from ..training import gradient
 
-LAYERS = [(4096, 48, 8), (16384, 24, 8), (65536, 32, 16)]                       # (N,C,R) of the CEA rows
-JOBS = ([(kind, size) for kind in ("CEA forward", "CEA forward+backward") for size in LAYERS]
+JOBS = ([(f"CEA {passes}", size) for passes in ("forward", "forward+backward")
+         for size in ((4096, 48, 8), (16384, 24, 8), (65536, 32, 16))]          # (N,C,R)
         + [("NAFBlock forward+backward", (8, 64, 64, 32)), ("training step", (8, 48)), ("training step", (8, 96)),
            ("inference", (1, 256)), ("inference", (1, 512)), ("inference", (1, 1024))])
 FORWARD = "CEA forward", "inference"          # the others compute gradients
@@ -271,19 +273,26 @@ def label(kind, size):
 
 
 def bench(quick=False):
-    """Yield the rows, dicts as `row` makes them; eight minutes, one or two with `quick`. Without rivals: ours alone."""
+    """Yield the rows, dicts as `row` makes them; twelve minutes, one or two with `quick`. Without rivals: ours alone.
+
+    Three times each side gets a new process: PyTorch's on two threads may be twice as slow as the one before, for all its life.
+    """
     counts = sorted({1, os.cpu_count()})
-    rivals = {"NCHW": "torch", "channels_last": "torch", "JAX": "jax"}
-    names = ["tinycea", *(side for side, name in rivals.items() if importlib.util.find_spec(name))]
+    rivals = (("NCHW", "torch"), ("channels_last", "torch"), ("JAX", "jax"))
+    names = ["tinycea", *(side for side, package in rivals if importlib.util.find_spec(package))]
     jobs, peaks = QUICK if quick else (JOBS, PEAKS)
-    with ExitStack() as stack:
-        asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
-        for kind, size in jobs:
-            seconds = race(asks, kind, size, 3 if quick else 9)
-            for n in counts:
-                yield from rows(label(kind, size), seconds, n, "s")
-            for n in counts[1:]:
-                yield row(f"{label(kind, size)}, {n} threads", *(seconds["tinycea", k] for k in (n, 1)), "tinycea, 1 thread", "s")
+    seconds = defaultdict(lambda: defaultdict(list))
+    for lives in range(1 if quick else 3):
+        with ExitStack() as stack:
+            asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
+            for job in tqdm(jobs, desc=f"processes {lives + 1}", leave=False, disable=None):
+                for side, turns in race(asks, *job, 3).items():
+                    seconds[job][side] += turns
+    for job, found in seconds.items():
+        for n in counts:
+            yield from rows(label(*job), found, n, "s")
+        for n in counts[1:]:
+            yield row(f"{label(*job)}, {n} threads", *(found["tinycea", k] for k in (n, 1)), "tinycea, 1 thread", "s")
     for kind, size in peaks:
         memory = {(name, 1): [peak(kind, size, name)] for name in names}
         yield from rows(f"peak memory, {label(kind, size)}", memory, 1, "mb")
@@ -358,8 +367,7 @@ def peak(kind, size, *settings):
     """MB at the peak of a process of its own that ran the job a few times."""
     with contender(*settings) as ask:
         ask("prepare", kind, size)
-        for _ in range(2):
-            ask("time")
+        ask("time")
         return ask("peak memory")
 
 
@@ -373,15 +381,12 @@ def format_row(r):
     return f"{r['name']:62s} {mine:>10s} {other:>10s} {ratio:>6s} {spread:>10s}  {r['rival'] if other else ''}".rstrip()
 
 
-HEADER = f"{'':62s} {'tinycea':>10s} {'rival':>10s} {'ratio':>6s} {'quartiles':>10s}  rival"
-
-
 def publish(backend_name, quick, as_json):
     """Print the rows of a backend as they come, or all as JSON, then what machine they were measured on."""
     rows = bench_gpu(quick) if backend_name == "cuda" else bench(quick)
     if as_json:
         return print(json.dumps(list(rows), indent=1))
-    print(HEADER)
+    print(f"{'':62s} {'tinycea':>10s} {'rival':>10s} {'ratio':>6s} {'quartiles':>10s}  rival")
     for row in rows:
         print(format_row(row), flush=True)
     versions = ["numpy", *filter(importlib.util.find_spec, ("torch", "jax"))]

@@ -13,14 +13,9 @@ CDD11 = dict(zip(SUITES["cdd11"], (12.0, 15.9, 22.0, 23.6, 14.9, 14.6, 13.5, 14.
 SEEDS = 6
 
 
-def mean_psnr(images, entry, seeds=SEEDS):
-    """Mean over images and seeds, in dB."""
-    return np.mean([psnr(apply(Scene(image), entry, np.random.default_rng(seed)), image)
-                    for image in images for seed in range(seeds)])
-
-
 if __name__ == "__main__":
     print(f"# python -m tinycea.lab.calibration ({SEEDS} seeds, whole photographs)\nentry,cdd11_dB,validation_dB,test_dB")
-    validation, test = (photographs(split).values() for split in ("validation", "test"))
     for entry in dict.fromkeys([*CDD11, *SUITES["aio3"], *SUITES["aio5"], "patchwork"]):
-        print(f"{entry},{CDD11.get(entry, '')},{mean_psnr(validation, entry):.1f},{mean_psnr(test, entry):.1f}")
+        means = [np.mean([psnr(apply(Scene(image), entry, np.random.default_rng(seed)), image)
+                          for image in photographs(split).values() for seed in range(SEEDS)]) for split in ("validation", "test")]
+        print(f"{entry},{CDD11.get(entry, '')},{means[0]:.1f},{means[1]:.1f}")

@@ -15,8 +15,7 @@ M = R * HEADS
 WIDE = 32                                                 # rank components from which on tensor cores do the assembly
 SINGLE = np.dtype(np.float32)
 
-WORK = least_work(N, C, R, HEADS)
-WORK |= {f"assembly_tf32{end}": least_work(N, C, WIDE)[f"assembly{end}"] for end in ("", "_backward")}
+WORK = least_work(N, C, R, HEADS) | {f"assembly_tf32{end}": least_work(N, C, WIDE)[f"assembly{end}"] for end in ("", "_backward")}
 
 if __name__ == "__main__":
     with cupy.installed():
