@@ -148,7 +148,7 @@ def varied(scene, rng):
         image = np.minimum(1, image * np.float32(rng.uniform(1, 2)))
     if (light := rng.random()) < 1 / 8:        # dusk: dark where it was darker
         around = ndimage.gaussian_filter(image.max(-1), rng.uniform(4, 16), mode="reflect")
-        image = image * np.maximum(around, 1e-3)[..., None] ** np.float32(rng.uniform(0.2, 1.2))
+        image = image * np.maximum(around, 1e-3)[..., None] ** np.float32(rng.uniform(0.1, 0.7))
     elif light < 1 / 4:                        # pale: fog, and skies of one gray
         t = np.float32(rng.uniform(0.4, 1))
         image = image * t + np.float32(rng.uniform(0.6, 1)) * (1 - t)
