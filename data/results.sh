@@ -49,6 +49,8 @@ publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 
 longer() { tinycea compare --out runs/told --seeds 3 --steps 4000 $now "$@"; }
 longer --suites aio5 cdd11 patchwork --adapters none told mlp descriptor cea
 longer --suites aio5 --adapters cea descriptor --rates 0.03
+longer --suites aio5 --adapters none:sca=false told:sca=false cea:sca=false
+longer --suites aio5 --adapters cea:sca=false descriptor:sca=false --rates 0.03
 longer --suites cdd11 --adapters none cea --seeds 5
 longer --suites cdd11 --adapters descriptor --rates 0.03
 longer --suites cdd11 --adapters mlp --rates 0.1
@@ -73,6 +75,9 @@ rates --suites aio5 --seeds 2 --adapters mlp --rates 0.1 0.3
 rates --suites cdd11 --seeds 2 --adapters none
 rates --suites cdd11 --seeds 2 --adapters cea descriptor --rates 0.03 0.1
 rates --suites cdd11 --seeds 2 --adapters mlp --rates 0.1 0.3
+without() { tinycea compare --split validation --out runs/rates-without-sca --steps 4000 --suites aio5 --seeds 2 $now "$@"; }
+without --adapters none:sca=false
+without --adapters cea:sca=false descriptor:sca=false --rates 0.03 0.1 0.3
 
 # The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
 curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }
@@ -84,7 +89,7 @@ from pathlib import Path
 from tinycea.lab.comparison import finished, format_rows, rows
 from tinycea.runtime import machine
 for folder, result in (("rates", "rates/table"), ("rates-longer", "rates/longer"), ("curve", "length/curve"),
-                       ("told", "told/longer")):
+                       ("rates-without-sca", "rates/without-sca"), ("told", "told/longer")):
     lines = [line for line in finished(f"runs/{folder}") if result != "told/longer" or line["recipe"].get("steps") != 1000]
     Path(f"data/results/{result}.txt").write_text(f"{format_rows(rows(lines))}\n{machine()}\n")
 END

@@ -200,13 +200,25 @@ def test_the_ceiling_at_1000_steps_is_the_table_s():
 
 
 def test_the_rates_of_the_longer_runs_are_the_best_on_validation():
-    text = (ROOT / "data/results/rates/longer.txt").read_text("utf-8")
-    for suite, best in (("aio5", ("cea, rate 0.03", "descriptor, rate 0.03", "mlp")),
-                        ("cdd11", ("cea", "descriptor, rate 0.03", "mlp, rate 0.1"))):
+    for suite, options, best in (("aio5", "", ("cea, rate 0.03", "descriptor, rate 0.03", "mlp")),
+                                 ("cdd11", "", ("cea", "descriptor, rate 0.03", "mlp, rate 0.1")),
+                                 ("aio5", ":sca=false", ("cea", "descriptor, rate 0.03"))):
+        text = (ROOT / "data/results/rates" / ("without-sca.txt" if options else "longer.txt")).read_text("utf-8")
         block = re.search(rf"^{suite}, 4000 .*?\n\n", text, re.M | re.S)[0]
-        found = dict(re.findall(r"^((?:cea|descriptor|mlp)(?:, rate \S+)?)  +\d+ +\d+ +\S+ +(\S+) ", block, re.M))
+        rows = re.findall(rf"^((?:cea|descriptor|mlp){options}(?:, rate \S+)?)  +\d+ +\d+ +\S+ +(\S+) ", block, re.M)
+        found = {name.replace(options, ""): dB for name, dB in rows}
         for name in best:
             assert found[name] == max(dB for other, dB in found.items() if other.split(",")[0] == name.split(",")[0])
+
+
+def test_what_is_gained_without_sca_is_the_table_s():
+    names = "none:sca=false", "told:sca=false", "cea:sca=false", "descriptor:sca=false, rate 0.03"
+    none, told, cea, descriptor = (longer("aio5", name) for name in names)
+    said = f"none {none[0]}, " + ", ".join(f"{name} {row[0]} ({row[1]})" for name, row in
+                                           (("told", told), ("CEA", cea), ("descriptor", descriptor)))
+    page, sca = " ".join(RESULTS.split()), float(longer("aio5", "none")[0]) - float(none[0])
+    assert said in page and f"SCA alone gives {sca:.2f} dB" in page
+    assert f"{cea[1][1:5]} dB on single degradations, a descriptor {descriptor[1][1:5]}." in " ".join(README.split())
 
 
 def test_compositions_gain_what_is_said():
