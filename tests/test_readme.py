@@ -348,6 +348,22 @@ def test_the_bench_rows_are_the_committed_ones():
     assert len(shown) == 3 and set(shown) <= set(rows)
 
 
+def test_the_bench_on_another_machine_is_the_committed_one():
+    text, page = (ROOT / "data/bench-intel.txt").read_text("utf-8"), " ".join(BENCH.split())
+
+    def ratios(name, threads):
+        return re.findall(rf"^{name}.* (\d\.\d\d) +\d\S+ +PyTorch \S+ {threads}", text, re.M)
+    alone = ("{} to {} of its time in the CEA layer, {} in the NAFBlock, {} and {} in the training steps, {}, {} and {} "
+             "in inference.")
+    for threads, sentence in ("1 thread", alone), ("2 threads", "On all cores: {} to {}, {}, {} and {}, {}, {} and {}."):
+        layer = sorted(ratios("CEA", threads))
+        others = (ratio for name in ("NAFBlock", "training", "inference") for ratio in ratios(name, threads))
+        assert sentence.format(layer[0], layer[-1], *others) in page
+    shown = (ratios(name, f"{n} thread")[0] for name, n in ((r"CEA forward\+backward, N 16384", 1),
+                                                            ("training step, batch 8, 96", 2), ("inference, batch 1, 512", 2)))
+    assert "{}, {} and {} ([all rows]".format(*shown) in README
+
+
 # ---- names and files -------------------------------------------------------------------------------------------------
 
 def test_lines_of_code_shown_are_lines_of_the_source():
