@@ -282,10 +282,10 @@ def bench(quick=False):
     names = ["tinycea", *(side for side, package in rivals if importlib.util.find_spec(package))]
     jobs, peaks = QUICK if quick else (JOBS, PEAKS)
     seconds = defaultdict(lambda: defaultdict(list))
-    for lives in range(1 if quick else 3):
+    for life in range(1 if quick else 3):
         with ExitStack() as stack:
             asks = {(name, n): stack.enter_context(contender(name, n)) for n in counts for name in names}
-            for job in tqdm(jobs, desc=f"processes {lives + 1}", leave=False, disable=None):
+            for job in tqdm(jobs, desc=f"processes {life + 1}", leave=False, disable=None):
                 for side, turns in race(asks, *job, 3).items():
                     seconds[job][side] += turns
     for job, found in seconds.items():

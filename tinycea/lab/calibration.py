@@ -15,7 +15,8 @@ SEEDS = 6
 
 if __name__ == "__main__":
     print(f"# python -m tinycea.lab.calibration ({SEEDS} seeds, whole photographs)\nentry,cdd11_dB,validation_dB,test_dB")
+    splits = [photographs(split).values() for split in ("validation", "test")]
     for entry in dict.fromkeys([*CDD11, *SUITES["aio3"], *SUITES["aio5"], "patchwork"]):
         means = [np.mean([psnr(apply(Scene(image), entry, np.random.default_rng(seed)), image)
-                          for image in photographs(split).values() for seed in range(SEEDS)]) for split in ("validation", "test")]
+                          for image in photos for seed in range(SEEDS)]) for photos in splits]
         print(f"{entry},{CDD11.get(entry, '')},{means[0]:.1f},{means[1]:.1f}")

@@ -24,9 +24,8 @@ PACKAGES = {                                  # name -> patterns of the photogra
 
 
 def fetch(folder, debs=()):
-    """Write the photographs into a folder -> their names."""
+    """Write the photographs into a folder; yields each one's name."""
     make_folder(folder)
-    written = []
     with TemporaryDirectory() as place:
         if not debs:
             subprocess.run(["apt-get", "download", *PACKAGES], cwd=place, check=True)
@@ -41,8 +40,7 @@ def fetch(folder, debs=()):
                     pixels = halve(pixels)
                 name = file.parts[-4] if file.stem[0].isdigit() else file.stem      # Plasma names the folder, not the file
                 write_image(Path(folder) / f"{name}.png", pixels)
-                written.append(name)
-    return written
+                yield name
 
 
 if __name__ == "__main__":
