@@ -4,13 +4,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tinycea mechanism --test "$1" -o runs/mechanism.png > data/results/layer/mechanism.txt
+tinycea mechanism --long --test "$1" > data/results/layer/long.txt
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 tinycea compare --suites aio5 cdd11 patchwork --seeds 3 --test "$1" --images runs/photographs --out runs/told \
     --adapters none cea cea:norm=image,tokens=Xhat cea:norm=token,tokens=X cea:norm=token,tokens=Xhat \
     > data/results/layer/four.txt
 python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.txt
 cp runs/stains/runs.jsonl data/results/stains/
-python -m tinycea.lab.instruments "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
+python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
+    runs/told/models/aio5-{cea,cea_sca_false}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
 
 # Three times the steps: one seed, fewer rows.

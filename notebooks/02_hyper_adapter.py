@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm.auto import tqdm
 
-from tinycea import ablations, cea, gradcheck, nafnet
+from tinycea import ablations, adapters, cea, gradcheck, nafnet
 from tinycea.lab import mechanism
 from tinycea.ops import reference as ops
 from tinycea.plots import show
@@ -476,6 +476,52 @@ for r, axis in enumerate(axes[1]):
 figure.suptitle("Learned, it beats the hand; each component is a mix of lamps, and only their sum counts", fontsize=10)
 plt.show()
 assert dB(results[1000][0]) > dB(cleaned) > dB(results[30][0])
+
+# %% [markdown]
+# ## 8. What no training gives the others
+#
+# Would a rival with more numbers do it? Count what it can know. A pixel's color is $c = J + \sum_k a_k t_k$, and the tints are
+# drawn anew for every picture, $t_k \sim N(0, \tau^2 I)$.
+#
+# - *A token alone* (token MLP, fixed directions, experts per token) knows its amounts $a$, from its key, and $c$. What lies on
+#   $J$ is then noise of variance $v = \tau^2 |a|^2$.
+# - *One mean of all tokens* (descriptor, prompt, experts per image) tells $\bar c = \sum_k \bar a_k t_k$ as well, for contents
+#   have mean 0. Take away what is to be expected of it, $(a \cdot \bar a)\, \bar c / |\bar a|^2$: of $v$ there remains
+#   $\tau^2 (|a|^2 - (a \cdot \bar a)^2 / |\bar a|^2)$. One combination of the tints is known, the others are not.
+#
+# Colors of photographs have a covariance $\Sigma$. The best linear estimate of $J$ is Wiener's, $\Sigma\, (\Sigma + vI)^{-1}$
+# times what was seen; its squared error per channel is $\operatorname{tr}\big(v\, \Sigma\, (\Sigma + vI)^{-1}\big) / 3$. Most
+# of $\Sigma$ is gray, so gray is what it gives.
+
+
+# %%
+def at_best(kind, mean):
+    """PSNR in dB of the best linear estimate that knows a token, and the mean of all if `mean` is 1; over the test pictures."""
+    task, (_, J, a) = mechanism.TASKS[kind], mechanism.pictures(mechanism.TASKS[kind])
+    a = a.reshape(len(a), -1, task.K).astype(float)
+    a_bar, variances = a.mean(1, keepdims=True), np.linalg.eigvalsh(np.cov(J.reshape(-1, 3).T))
+    known = mean * (a @ a_bar.mT)[..., 0]**2 / (a_bar**2).sum(-1)
+    v = task.tint**2 * ((a**2).sum(-1) - known)[..., None]
+    return -10 * np.log10((v * variances / (v + variances)).mean((1, 2))).mean()
+
+
+print(f"{'dB':9s}{'token MLP':>10s}{'at best':>9s}{'descriptor':>12s}{'at best':>9s}{'CEA':>9s}")
+for kind in ("regions", "lamps"):
+    x_k, J_k, _ = mechanism.pictures(mechanism.TASKS[kind])
+    reached = {}
+    for name in ("token MLP", "descriptor", "CEA"):
+        model = mechanism.MODELS[name]
+        taught = mechanism.teach(mechanism.TASKS[kind], model, 1000)
+        reached[name] = mechanism.psnr(adapters.family(model).forward(x_k, taught, model)[0], J_k).mean()
+    alone, one = at_best(kind, 0), at_best(kind, 1)
+    print(f"{kind:9s}{reached['token MLP']:10.1f}{alone:9.1f}{reached['descriptor']:12.1f}{one:9.1f}{reached['CEA']:9.1f}")
+    assert alone - 1 < reached["token MLP"] < alone + 0.5 and reached["descriptor"] < one + 0.5
+    assert reached["CEA"] > one + 4
+
+# %% [markdown]
+# Both learn what they can, and no size helps (`tinycea mechanism --long` tries three). On lamps the descriptor
+# stays a token MLP: it would have to multiply the mean's color by $a \cdot \bar a$, which its scale per channel cannot say. CEA
+# holds R combinations of the tints instead of one. What a softmax cannot say stands in notebook 1.
 
 # %% [markdown]
 # ## Exercises

@@ -29,10 +29,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.linalg import subspace_angles
 from scipy.ndimage import uniform_filter
-from workbench import jpeg
+from workbench import jpeg, regions
 
 from tinycea import ablations, degradations, evaluation, nafnet, zoo
-from tinycea.lab import instruments
 from tinycea.ops import cpu
 from tinycea.ops import reference as ops
 from tinycea.params import under
@@ -86,7 +85,7 @@ dB = {name: evaluation.psnr(y, clean) for name, y in restored.items()}
 limit, maps = np.quantile(np.abs(S), 0.99), min(R, 8)
 figure, axes = plt.subplots(2, 3 + maps // 2, figsize=(9, 2.9))
 show(axes[0, 0], image, "degraded", f"{evaluation.psnr(image, clean):.1f} dB")
-instruments.regions(axes[1, 0], mask, NAMES)
+regions(axes[1, 0], mask, NAMES)
 for r, axis in enumerate(axes[:, 1:-2].flat):
     show(axis, S[..., r], f"r = {r + 1}", cmap="PuOr", vmin=-limit, vmax=limit)
 figure.colorbar(axes[0, 1].images[0], ax=axes[:, 1:-2], label="affinity s", shrink=0.8)

@@ -11,7 +11,7 @@ from tinycea import check_gradients
 from tinycea.adapters import family
 from tinycea.lab import comparison
 from tinycea.lab.mechanism import CEA, MODELS, TASKS, color, pictures, psnr, teach
-from tinycea.plots import show
+from tinycea.plots import label_region, show
 
 N, R, C, d, h = 11, 3, 5, 7, 4                # sizes to check with: all different, so that only the right product fits
 SIZES = {"N": N, "R": R, "C": C, "d": d, "h": h, "D": h * d}
@@ -170,6 +170,14 @@ def row(title, images, titles, below=None, width=9, **settings):
         show(axis, *shown, **settings)
     figure.suptitle(title)
     jpeg(figure)
+
+
+def regions(axes, mask, names):
+    """The mask (H,W,K) as gray levels, each region labeled with its degradation at its center."""
+    label = mask.argmax(-1)
+    show(axes, label, "regions", cmap="gray", vmin=-0.5, vmax=len(names) - 0.5)
+    for k, name in enumerate(names):
+        label_region(axes, label == k, name)
 
 
 def jpeg(figure):

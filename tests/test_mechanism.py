@@ -7,7 +7,7 @@ import pytest
 from tinycea import cli
 from tinycea.adapters import family
 from tinycea.degradations import apply, stains
-from tinycea.lab import mechanism
+from tinycea.lab import limits, mechanism
 from tinycea.lab.mechanism import AMOUNTS, CEA, LIFT, TASKS, by_hand, color, fields, pictures, psnr, teach, theory, tokens
 from tinycea.scenes import Scene
 
@@ -63,6 +63,44 @@ def test_a_bad_folder_or_picture_is_refused_at_once(tmp_path, capsys):
     assert "is not a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert cli.main(["mechanism", "-o", str(tmp_path / "m.jpg")]) == 2
     assert "is not the name of a .png file" in capsys.readouterr().err
+
+
+def test_trials_done_are_not_done_again(tmp_path):
+    trials = [limits.Trial(TASKS["lamps"], CEA, rate, split=split) for rate in (0.01, 0.03) for split in ("test", "validation")]
+    kept = tmp_path / "trials.jsonl"
+    first = limits.results(trials[:3], None, 2, tmp_path)
+    assert len(kept.read_bytes().splitlines()) == 3
+    for trial in trials[:3]:
+        assert first[trial].shape == (len(mechanism.photographs(trial.split)),)
+        assert np.array_equal(first[trial], limits.tested(trial, None, 2))
+    kept.write_bytes(kept.read_bytes().replace(str(first[trials[0]][0]).encode(), b"7.0") + b'["half a line')
+    again = limits.results(trials, None, 2, tmp_path)         # what is there is believed, what is not is made
+    assert again[trials[0]][0] == 7 and np.array_equal(again[trials[1]], first[trials[1]])
+    assert len(kept.read_bytes().splitlines()) == 4 and again[trials[3]].shape == first[trials[1]].shape
+    assert len(limits.results(trials[:1], None, 3, tmp_path)) == 1 and len(kept.read_bytes().splitlines()) == 5   # other steps
+
+
+def test_the_long_table_chooses_on_validation_and_tests_on_test(monkeypatch, capsys):
+    asked = []
+
+    def results(trials, folder, steps, out):
+        asked.extend(trials)
+        return {t: np.full(3, 10 * (t.rate == 0.01 and t.split == "validation") + getattr(t.config, "rank", 0) / 2 + t.seed
+                           + t.task.K) for t in trials}
+    monkeypatch.setattr(limits, "results", results)
+    limits.publish(seeds=4)
+    table = capsys.readouterr().out
+    assert all((t.seed == 0) == (t.split == "validation") or t.split == "test" for t in asked)
+    assert {t.config.rank for t in asked if t.seed == 3 and isinstance(t.config, type(CEA))} == {16}
+    assert {t.rate for t in asked if t.split == "test"} == {0.01}
+    for line in table.splitlines():                           # 3 tints, mean of seeds 1.5, half the rank 16
+        if line.startswith("CEA "):
+            assert " 0.01   12.50 (11.00)   +0.00 [+0.00, +0.00]" in line
+        if line.startswith("token MLP "):
+            assert " 0.01    4.50 ( 3.00)   -8.00 [-8.00, -8.00]" in line
+    assert re.search(r"tints K +1 +2 +3 +4 +6 +8\n", table) and "lamps      CEA                 10.00  11.00  12.00" in table
+    assert "regions    CEA                  4.50   5.00   6.00   8.00  12.00" in table          # ranks
+    assert table.count("theory of signed") == 8 and table.count("token MLP") == 3 + 2 * 3
 
 
 # ---- the suite -----------------------------------------------------------------------------------------------------------

@@ -306,7 +306,8 @@ def test_the_mechanism_is_the_committed_table():
     rivals = [dB for model, dB in rows.items() if not model.startswith(("CEA", "degraded", "theory"))]
     regions, lamps = (max(column) for column in zip(*rivals))
     assert len(rivals) == 6 and f"from {rows['degraded'][1]} to {rows['CEA'][1]} dB; no rival passes {lamps}" in README
-    assert regions < rows["CEA"][0] - 4 and lamps < rows["CEA"][1] - 8 and rows["CEA"][1] > rows["CEA, softmax"][1] + 2
+    assert f"none passes {regions:.2f} dB on regions or {lamps} on lamps" in " ".join(RESULTS.split())
+    assert regions < rows["CEA"][0] - 4 and lamps < rows["CEA"][1] - 5 and rows["CEA"][1] > rows["CEA, softmax"][1] + 2
 
 
 def test_low_light_makes_most_of_the_lead():
