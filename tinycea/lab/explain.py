@@ -1,4 +1,7 @@
-"""The microscope: a photograph restored, and what each component of each CEA layer did to it, in one page. `tinycea explain`."""
+"""The microscope: a photograph restored, and what each component of each CEA layer did to it, in one page. `tinycea explain`.
+
+How far such maps may be believed: notebooks/06_what_the_maps_say.
+"""
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
