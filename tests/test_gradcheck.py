@@ -357,6 +357,39 @@ def test_the_recognizer_s_gradient_is_right():
     gradcheck.assert_gradients(lambda w: program["forward"](images, p.over(w)), backward, {"w": p.flat})
 
 
+def test_the_losses_on_summaries_have_right_gradients():
+    program, rng = runpy.run_path(str(Path(__file__).parents[1] / "data" / "priors.py")), np.random.default_rng(0)
+    z = rng.normal(size=(8, 6)) + 1
+    gradcheck.assert_gradients(program["agreement"], lambda dy, cache: (program["agreement_backward"](dy, cache),), {"z": z})
+    right = np.array([0, 0, 3, 3, 2, 2, 4, 4])
+    gradcheck.assert_gradients(lambda z, W, b: program["naming"](z, W, b, right), program["naming_backward"],
+                               {"z": z, "W": rng.normal(size=(6, 5)), "b": rng.normal(size=5)})
+    alike = np.repeat(rng.normal(size=(4, 6)), 2, 0)          # partners agree, others do not: as small as it gets
+    loss, mixed = (program["agreement"](z)[0] for z in (alike, rng.permutation(alike)))
+    assert loss < mixed and loss < 0.3
+
+
+def test_a_summary_s_extra_gradient_reaches_the_network():
+    program, rng = runpy.run_path(str(Path(__file__).parents[1] / "data" / "priors.py")), np.random.default_rng(0)
+    config = NAFNetConfig(width=8, adapter=CEAConfig(rank=2))
+    p = nafnet.init(config, rng, np.float64)
+    p.flat += rng.normal(0, 0.1, p.flat.shape)
+    images, extra = rng.random((2, 8, 8, 3)), rng.normal(size=(2, 2, 16))
+
+    def forward(w):
+        ops = program["Watched"]()
+        y, cache = nafnet.nafnet(images, p.over(w), config, ops)
+        k = next(k for k, Z in enumerate(ops.seen) if Z.shape == extra.shape)
+        return (y**2).sum() / 2 + (ops.seen[k] * extra).sum(), (y, cache, ops, k)
+
+    def backward(dloss, cache):
+        y, cache, ops, k = cache
+        ops.wanted[k], g = dloss * extra, p.zeros_like()
+        nafnet.nafnet_backward(dloss * y, cache, g)
+        return (g.flat,)
+    gradcheck.assert_gradients(forward, backward, {"w": p.flat})
+
+
 def test_image_without_caches_is_the_same_image():
     rng, config = np.random.default_rng(0), NAFNetConfig(width=8)
     p = nafnet.init(config, rng)

@@ -1,7 +1,8 @@
 """How far each kind of layer gets on the tasks of `tinycea mechanism`, at its best size and rate: `tinycea mechanism --long`.
 
-Size and rate are chosen for every task on validation photographs. Then come five seeds on test photographs, and other tasks: 1 to
-8 tints, noisier keys, more tokens, other ranks. Every trial done is a line of trials.jsonl in the run folder: not done again.
+Size and rate are chosen for every task on validation photographs. Then come five seeds on test photographs; and, with two seeds,
+other tasks: 1 to 8 tints, noisier keys, more tokens, other ranks. Every trial done is a line of trials.jsonl in the run folder,
+and is not done again.
 """
 import json
 import os
@@ -76,7 +77,7 @@ def publish(folder=None, out="runs/mechanism", steps=2000, seeds=5):
         print(f"{model:18s} {size:10d} {trial.rate:6g} {values.mean():7.2f} ({values.min():5.2f}) {(values - cea).mean():+7.2f} "
               "[{:+.2f}, {:+.2f}]".format(*interval(values - cea)))
     for title, (values, vary) in SWEEPS.items():
-        lines = {(name, model): [[vary(best[name, model], value)._replace(seed=seed) for seed in range(3)] for value in values]
+        lines = {(name, model): [[vary(best[name, model], value)._replace(seed=seed) for seed in range(2)] for value in values]
                  for name, model in product(("regions", "lamps"), SHOWN) if "CEA" in model or "CEA" not in title}
         found = run([trial for line in lines.values() for trials in line for trial in trials])
         print(f"\n{title:30s}" + "".join(f"{value:7g}" for value in values))
