@@ -49,6 +49,9 @@ publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 
 longer() { tinycea compare --out runs/told --seeds 3 --steps 4000 $now "$@"; }
 longer --suites aio5 cdd11 patchwork --adapters none told mlp descriptor cea
 longer --suites aio5 --adapters cea descriptor --rates 0.03
+longer --suites aio5 --adapters wider static prompt experts-image experts-token
+longer --suites aio3 --adapters none told mlp
+longer --suites aio3 --adapters cea descriptor --rates 0.03
 longer --suites aio5 --adapters none:sca=false told:sca=false cea:sca=false
 longer --suites aio5 --adapters cea:sca=false descriptor:sca=false --rates 0.03
 longer --suites cdd11 --adapters none cea --seeds 5

@@ -382,7 +382,7 @@ def format_row(r):
 
 
 def publish(backend_name, quick, as_json):
-    """Print the rows of a backend as they come, or all as JSON, then what machine they were measured on."""
+    """Print the rows of a backend, or all as JSON, then what machine they were measured on."""
     rows = bench_gpu(quick) if backend_name == "cuda" else bench(quick)
     if as_json:
         return print(json.dumps(list(rows), indent=1))
