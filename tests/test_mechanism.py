@@ -98,8 +98,8 @@ def test_the_long_table_chooses_on_validation_and_tests_on_test(monkeypatch, cap
             assert " 0.01   12.50 (11.00)   +0.00 [+0.00, +0.00]" in line
         if line.startswith("token MLP "):
             assert " 0.01    4.50 ( 3.00)   -8.00 [-8.00, -8.00]" in line
-    assert re.search(r"tints K +1 +2 +3 +4 +6 +8\n", table) and "lamps      CEA                  9.50  10.50  11.50" in table
-    assert "regions    CEA                  4.00   4.50   5.50   7.50  11.50" in table          # ranks
+    assert re.search(r"tints K +1 +2 +3 +4 +8\n", table) and "lamps      CEA                  9.50  10.50  11.50" in table
+    assert "regions    CEA                  4.00   4.50   5.50  11.50" in table          # ranks
     assert table.count("theory of signed") == 8 and table.count("token MLP") == 3 + 2 * 3
 
 
