@@ -150,7 +150,7 @@ def test_the_verdict_s_table_is_the_committed_ones():
         if title.startswith("stains"):
             where = title.split(", ")[1]
             assert (told, cea, share) == ("", stained(where, "cea" + sca), "")
-            assert descriptor == stained(where, "descriptor" + sca).split()[0]
+            assert descriptor == stained(where, "descriptor:norm=image,sca=false" if sca else "descriptor").split()[0]
             assert mlp == ("" if sca else stained(where, "mlp").split()[0])
         else:
             names = "told", "cea", "descriptor", "mlp"
@@ -165,7 +165,12 @@ def test_the_verdict_s_table_is_the_committed_ones():
     guided = {name: dB for name, dB in gain.items() if ":told" in name and "cea" not in name}
     page = " ".join(README.split())
     assert f"CEA gains {gain['cea:told=15']} dB apart, a rival {max(guided.values())}." in page
-    assert f"it gains {gain['cea:sca=false']:.1f} dB, a rival {gain['descriptor:sca=false']:.1f}." in page
+    assert f"it gains {gain['cea:sca=false']:.1f} dB, a rival {gain['descriptor:norm=image,sca=false']:.1f}." in page
+    for where, text in (("apart", "CEA 4.40 [4.09, 4.70] at twice"), ("overlapping", "Overlapping: CEA 1.41 and")):
+        found = [re.findall(r" [+-](\S+) \[", re.search(rf"^{row} .*$", blocks[where], re.M)[0])[1:] for row in (
+            "cea:sca=false", "descriptor:norm=image,sca=false", "descriptor:sca=false")]
+        assert text in " ".join(RESULTS.split()) and text.split("CEA ")[1][:4] == found[0][0]
+        assert all(" and ".join(pair) in " ".join(RESULTS.split()) for pair in found[1:])
 
 
 def test_three_times_the_steps_are_the_committed_table():

@@ -24,9 +24,8 @@ from .comparison import interval
 from .mechanism import MODELS, SHOWN, SIDE, TASKS, pictures, psnr, teach, theory
 
 SIZES = {CEAConfig: [{"probe_channels": 16, "rank": rank} for rank in (4, 16)]} | {
-    kind: [{name: size} for size in sizes] + [{"norm": "token"}] for kind, name, *sizes in (
-        (MLPConfig, "hidden", 50, 200), (DescriptorConfig, "hidden", 64, 200), (PromptConfig, "hidden", 19, 64),
-        (ExpertsConfig, "rank", 16, 32))}
+    kind: [{name: size} for size in sizes] + [{"norm": "token"}] for kind, name, *sizes in ((MLPConfig, "hidden", 50, 200),
+        (DescriptorConfig, "hidden", 64, 200), (PromptConfig, "hidden", 19, 64), (ExpertsConfig, "rank", 16, 32))}
 # A layer to be taught and tested: its Task, configuration and rate; the pictures tested on are `side` tokens wide.
 Trial = namedtuple("Trial", "task config rate seed side split", defaults=(0, SIDE, "test"))
 

@@ -24,7 +24,7 @@ from .comparison import LABELS, compare, degrader, grid, interval, model_path
 MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "cea:norm=token,tokens=Xhat": 0.3,
           "cea:norm=image,tokens=Xhat": 0.3, "cea:norm=token,tokens=X": 0.3, "cea-softmax": 0.3, "cea": 0.3}
 # Options -> the models with them: none; without SCA; given the amounts, so that there is nothing to recognize, only to use.
-OPTIONS = {"": MODELS, ":sca=false": ("none", "descriptor", "cea-softmax", "cea"),
+OPTIONS = {"": MODELS, ":sca=false": ("none", "descriptor", "descriptor:norm=image", "cea-softmax", "cea"),
            f":told={len(LABELS)}": ("none", "mlp", "descriptor", "cea-softmax", "cea")}
 SIDES = (48, 96, 192)
 
@@ -52,10 +52,10 @@ def report(lines):
     for line in lines:
         found[line["recipe"]["adapter"]][line["recipe"]["seed"]] = line["psnr"]
     for entry in suite("stains"):
-        yield f"\n{entry:28s}" + "".join(f"{side:7d} x {side:<20d}" for side in SIDES)
+        yield f"\n{entry:31s}" + "".join(f"{side:7d} x {side:<20d}" for side in SIDES)
         for adapter, runs in found.items():
-            options = next(options for options in reversed(OPTIONS) if adapter.endswith(options))
-            none, text = found.get("none" + options, {}), f"{adapter:28s}"
+            options = next(options for options in reversed(OPTIONS) if adapter.endswith(options[1:]))
+            none, text = found.get("none" + options, {}), f"{adapter:31s}"
             for side in map(str, SIDES):
                 values = np.array([run[entry][side] for run in runs.values()])
                 text += f"{values.mean():8.2f}"
@@ -76,8 +76,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args()
-    recipes = [recipe for options, names in OPTIONS.items() for name in names
-               for recipe in grid(["stains"], [name + options], args.seeds, [args.steps], [MODELS[name]], args.photographs)]
+    recipes = [recipe for options, names in OPTIONS.items() for name in names for recipe in grid(
+        ["stains"], [name + options.replace(":", "," if ":" in name else ":")], args.seeds, [args.steps], [MODELS.get(name, 0.3)],
+        args.photographs)]
     lines = compare(recipes, args.out, args.split, photos=args.test, test=test_model)
     lines.sort(key=lambda line: recipes.index(Recipe(**line["recipe"])))
     degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(lambda image: image, args.split, args.test, apply)}
