@@ -12,8 +12,10 @@ tinycea compare --suites aio5 cdd11 patchwork --seeds 3 --test "$1" --images run
 python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.txt
 cp runs/stains/runs.jsonl data/results/stains/
 python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
-    runs/told/models/aio5-{cea,cea_sca_false}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
+# The network of results.sh's table without SCA, of rate 0.1.
+python data/instruments.py "$1" runs/told/models/aio5-cea_sca_false-4000-seed0-*.safetensors \
+    > data/results/stains/instruments-aio5.txt
 
 # Three times the steps: one seed, fewer rows.
 python -c "

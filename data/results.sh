@@ -82,6 +82,9 @@ without() { tinycea compare --split validation --out runs/rates-without-sca --st
 without --adapters none:sca=false
 without --adapters cea:sca=false descriptor:sca=false --rates 0.03 0.1 0.3
 
+# Do summaries help that are taught to know the degradation?
+python data/priors.py "$1" > data/results/told/priors.txt
+
 # The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
 curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }
 curve --adapters none told mlp

@@ -242,6 +242,20 @@ def test_what_is_gained_without_sca_is_the_table_s():
     assert said in page and f"SCA alone gives {sca:.2f} dB" in page
 
 
+def test_summaries_that_are_taught_and_what_the_instruments_read_on_aio5():
+    page = " ".join(RESULTS.split())
+    rows = re.findall(r"seed \d  (\S+(?:, \w+)?) +(\d\d\.\d\d) dB", (ROOT / "data/results/told/priors.txt").read_text("utf-8"))
+    dB = {name: [value for other, value in rows if other == name] for name, _ in rows}
+    for name, text in {"cea": "CEA alone {} and {} dB.", "cea, prior": "no label: {} and {}.",
+                       "cea, labels": "degradation: {} and {}."}.items():
+        assert text.format(*dB[name]) in page and len(dB[name]) == 2
+    gains = [np.mean(np.float64(dB[name]) - np.float64(dB["cea"])) for name in ("cea, prior", "cea, labels")]
+    assert "So {:.1f} and {:.1f} dB more".format(*gains) in page
+    text = (ROOT / "data/results/stains/instruments-aio5.txt").read_text("utf-8")
+    rank, _, _, averaged, other = re.search(r"^cea_sca_false, aio5 +(\S+) +(\S+) +(\S+) +-(\S+) +-(\S+)$", text, re.M).groups()
+    assert f"rank {rank}, averaging costs {averaged} dB, A and U of an image under another degradation {other}:" in page
+
+
 def test_compositions_gain_what_is_said():
     lines = comparison.finished(ROOT / "data/results/told")
     table = {(r["adapter"], r["seed"]): comparison.matrix(line) for line in lines if (r := line["recipe"]).get("steps") == 4000
