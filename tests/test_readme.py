@@ -345,6 +345,25 @@ def test_the_mechanism_is_the_committed_table():
     assert regions < rows["CEA"][0] - 4 and lamps < rows["CEA"][1] - 5 and rows["CEA"][1] > rows["CEA, softmax"][1] + 2
 
 
+def test_the_layer_at_length_is_the_committed_table():
+    text, page = (ROOT / "data/results/layer/long.txt").read_text("utf-8"), " ".join(RESULTS.split())
+    blocks = [dict(re.findall(r"^(\S.*?\S) +\d+ +0\.\d+ +(\S+ \([ \d.]+\) +\S+ \[\S+ \S+\])$", block, re.M))
+              for block in text.split("\n\n")[:3]]
+    leads = []
+    for block in blocks:
+        assert len(block) == 11
+        name = max((name for name in block if "CEA" not in name), key=lambda name: float(block[name].split()[0]))
+        leads.append((name, re.search(r"-(\d\.\d\d) \[-(\S+), -(\S+)\]", block[name]).groups()))
+    assert [name for name, _ in leads] == ["descriptor", "descriptor", "prompt"]
+    assert all(f"{mean} [{low}, {high}]" in page for _, (mean, high, low) in leads)
+    softmax = [re.search(r"\) +[+-](\S+)", block["CEA, softmax"])[1] for block in blocks]
+    assert "Softmax CEA is {} dB ahead of CEA on regions, {} and {} behind".format(*softmax) in page
+    sweep = {key: [float(n) for n in line.split()] for key, line in re.findall(
+        r"^(lamps +(?:descriptor|CEA)) +((?:\d+\.\d\d *){5})$", text, re.M)}
+    one, *_, eight = np.subtract(sweep["lamps      CEA"], sweep["lamps      descriptor"])
+    assert f"shrinks from {one:.1f} dB for one lamp to {abs(eight):.1f} for eight" in page
+
+
 def test_low_light_makes_most_of_the_lead():
     found = means("aio5", 1000, 5)
     share = {}
