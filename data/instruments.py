@@ -16,6 +16,7 @@ from tinycea import ablations
 from tinycea.degradations import apply, stains, suite
 from tinycea.evaluation import TEST_SEED, psnr
 from tinycea.lab import mechanism
+from tinycea.lab.explain import rank
 from tinycea.nafnet import anatomies, centered
 from tinycea.ops import cpu
 from tinycea.runtime import machine
@@ -25,14 +26,6 @@ from tinycea.zoo import load_model
 # The CPU's ops, but every CEA layer is given the routing bases and residual directions of another image.
 OTHERS = SimpleNamespace(**vars(cpu) | {
     "assembly": lambda x, tokens, A, U: cpu.assembly(x, tokens, np.roll(A, 1, 0), np.roll(U, 1, 0))})
-
-
-def rank(added):
-    """Effective rank of what is added to the tokens (B,N,C) of an image: the exponential of the entropy of its energies."""
-    added = np.float64(added)
-    energy = np.maximum(np.linalg.eigvalsh(added.swapaxes(1, 2) @ added), 0) + 1e-30
-    share = energy / energy.sum(1, keepdims=True)
-    return np.exp(-(share * np.log(share)).sum(1)).mean()
 
 
 def recognized(S, a):

@@ -112,4 +112,4 @@ def test_the_readers_gradients_clean_a_photograph(solutions):
     printed = "".join(output.get("text", "") for cell in code for output in cell.outputs if output.get("name") == "stdout")
     found = re.search(r"under the lamps ([\d.]+) dB, token MLP ([\d.]+) dB, yours ([\d.]+) dB", printed)
     degraded, rival, yours = map(float, found.groups())
-    assert degraded < 10 and rival < 15 and yours > 20
+    assert degraded < 10 and rival < 17 and yours > 20

@@ -42,8 +42,8 @@ def parser():
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, lens, or some joined by + (default aio5)")
-    sub.add_argument("--adapter", help="none, wider, cea (default), static, mlp, descriptor, prompt, experts-image, "
-                     "experts-token, cea-softmax, -topk, -image, -static, -static-A, -static-U; options: cea:rank=16,sca=false")
+    sub.add_argument("--adapter", help="none, wider, cea (default), static, mlp, descriptor, prompt, experts-image, expert"
+                     "s-token, cea-softmax, cea-topk, cea-image, cea-static, cea-static-A, cea-static-U; cea:rank=16,sca=false")
     sub.add_argument("--steps", type=count, help="training steps (default 2400)")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")

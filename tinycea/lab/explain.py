@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import imageio.v3 as iio
 import numpy as np
 import PIL.Image
+from scipy.stats import entropy
 
 from ..ablations import CEAConfig
 from ..images import as_rgb, read_pixels
@@ -20,9 +21,13 @@ from ..ops import cpu
 from ..restoration import refuse_overwriting, restore_rgb
 from ..runtime import InputError, atomic
 from ..zoo import WEIGHTS, load_model
-from .instruments import rank
 
 SIDE = 512                                    # pixels of the photograph's longer side, at most
+
+
+def rank(added):
+    """Effective rank of what is added to the tokens (B,N,C) of an image: the exponential of the entropy of its energies."""
+    return np.exp(entropy(np.linalg.eigvalsh(np.einsum("bni,bnj->bij", added, added, dtype=float)).clip(1e-30), axis=1)).mean()
 
 
 def publish(photo, out, weights=WEIGHTS):

@@ -70,8 +70,7 @@ def publish(folder=None, out="runs/mechanism", steps=2000, seeds=5):
     for (name, model), trial in best.items():
         values, cea = (np.array([found[t._replace(seed=i)] for i in range(seeds)]) for t in (trial, best[name, "CEA"]))
         if model == next(iter(MODELS)):
-            print(f"\n{name}: PSNR in dB, mean (worst) over {seeds} seeds and {values.shape[1]} photographs; minus CEA's, with a "
-                  f"95 % interval\n{'':18s} parameters   rate")
+            print(f"\n{name}: PSNR in dB, {seeds} seeds, {len(cea[0])} photographs (worst), minus CEA\n{'':19}parameters   rate")
         size = Params(family(trial.config).shapes(16, trial.config)).flat.size
         print(f"{model:18s} {size:10d} {trial.rate:6g} {values.mean():7.2f} ({values.min():5.2f}) {(values - cea).mean():+7.2f} "
               "[{:+.2f}, {:+.2f}]".format(*interval(values - cea)))

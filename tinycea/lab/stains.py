@@ -24,7 +24,7 @@ from .comparison import LABELS, compare, degrader, grid, interval, model_path
 MODELS = {"none": None, "wider": None, "mlp": 0.3, "descriptor": 0.3, "cea:norm=token,tokens=Xhat": 0.3,
           "cea:norm=image,tokens=Xhat": 0.3, "cea:norm=token,tokens=X": 0.3, "cea-softmax": 0.3, "cea": 0.3}
 # Options -> the models with them: none; without SCA; given the amounts, so that there is nothing to recognize, only to use.
-OPTIONS = {"": MODELS, ":sca=false": ("none", "descriptor", "descriptor:norm=image", "cea-softmax", "cea"),
+OPTIONS = {"": MODELS, ":sca=false": ("none", "descriptor", "descriptor:norm=image,sca=false", "cea-softmax", "cea"),
            f":told={len(LABELS)}": ("none", "mlp", "descriptor", "cea-softmax", "cea")}
 SIDES = (48, 96, 192)
 
@@ -76,9 +76,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args()
-    recipes = [recipe for options, names in OPTIONS.items() for name in names for recipe in grid(
-        ["stains"], [name + options.replace(":", "," if ":" in name else ":")], args.seeds, [args.steps], [MODELS.get(name, 0.3)],
-        args.photographs)]
+    recipes = [recipe for options, names in OPTIONS.items() for name in names for recipe in grid(["stains"], [
+        name + options * (":" not in name)], args.seeds, [args.steps], [MODELS.get(name, 0.3)], args.photographs)]
     lines = compare(recipes, args.out, args.split, photos=args.test, test=test_model)
     lines.sort(key=lambda line: recipes.index(Recipe(**line["recipe"])))
     degraded = {"recipe": {"adapter": "degraded", "seed": 0}, "psnr": tested(lambda image: image, args.split, args.test, apply)}
