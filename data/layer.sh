@@ -13,9 +13,6 @@ python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.tx
 cp runs/stains/runs.jsonl data/results/stains/
 python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
-# The network of results.sh's table without SCA, of rate 0.1.
-python data/instruments.py "$1" runs/told/models/aio5-cea_sca_false-4000-seed0-*.safetensors \
-    > data/results/stains/instruments-aio5.txt
 
 # Three times the steps: one seed, fewer rows.
 python -c "

@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.special import softmax
 from tqdm import tqdm
 
 from tinycea.degradations import apply, suite
@@ -42,40 +43,41 @@ def batch(recipe, step):
     return [np.stack(part) for part in zip(*made)]
 
 
+def cross_entropy(logits, right):
+    """Of softmax(logits), (B,K), against the numbers `right` (B,): the mean in nats, and B times its gradient."""
+    share, chosen = softmax(logits, axis=1), (np.arange(len(logits)), right)
+    slope = share.copy()
+    slope[chosen] -= 1
+    return -np.log(share[chosen]).mean(), slope
+
+
 def agreement(z, temperature=0.1):
     """InfoNCE of z (B,F), whose rows 2j and 2j+1 belong together: loss in nats, cache."""
     length = np.linalg.norm(z, axis=1, keepdims=True)
     n = z / length
     logits = n @ n.T / temperature
     np.fill_diagonal(logits, -np.inf)
-    share = np.exp(logits - logits.max(1, keepdims=True))
-    share /= share.sum(1, keepdims=True)
-    partner = np.arange(len(z)) ^ 1
-    return -np.log(share[np.arange(len(z)), partner]).mean(), (n, length, share, partner, temperature)
+    loss, slope = cross_entropy(logits, np.arange(len(z)) ^ 1)
+    return loss, (n, length, slope, temperature)
 
 
 def agreement_backward(dloss, cache):
-    n, length, share, partner, temperature = cache
-    dlogits = share.copy()
-    dlogits[np.arange(len(n)), partner] -= 1
-    dn = (dlogits + dlogits.T) @ n * (dloss / (len(n) * temperature))
+    """dz."""
+    n, length, slope, temperature = cache
+    dn = (slope + slope.T) @ n * (dloss / (len(n) * temperature))
     return (dn - n * (n * dn).sum(1, keepdims=True)) / length
 
 
 def naming(z, W, b, right):
     """Cross-entropy of softmax(z W + b) against the numbers `right` (B,): loss in nats, cache."""
-    logits = z @ W + b
-    share = np.exp(logits - logits.max(1, keepdims=True))
-    share /= share.sum(1, keepdims=True)
-    return -np.log(share[np.arange(len(z)), right]).mean(), (z, W, right, share)
+    loss, slope = cross_entropy(z @ W + b, right)
+    return loss, (z, W, slope)
 
 
 def naming_backward(dloss, cache):
     """dz, dW, db."""
-    z, W, right, share = cache
-    dlogits = share.copy()
-    dlogits[np.arange(len(z)), right] -= 1
-    dlogits *= dloss / len(z)
+    z, W, slope = cache
+    dlogits = slope * (dloss / len(z))
     return dlogits @ W.T, z.T @ dlogits, dlogits.sum(0)
 
 
@@ -100,37 +102,32 @@ class Learner:
     def __init__(self, seed, kind, weight):
         self.recipe = grid(["aio5"], ["cea:sca=false"], seed + 1, [4000], [None], "runs/photographs")[-1]
         self.config, self.state, self.kind, self.weight = network(self.recipe.adapter), start(self.recipe), kind, weight
-        self.heads = None
+        sizes = [self.config.adapter.rank * self.config.stages()[stage][0] for stage in self.config.adapted()]       # of each Z
+        self.heads = Params({f"{k}.{name}": shape for k, size in enumerate(sizes)
+                             for name, shape in (("W", (size, len(NAMES))), ("b", (len(NAMES),)))})
+        self.moments = [self.heads.zeros_like().flat for _ in range(2)]
 
     def step(self, i, degraded, clean, which):
         """Step i, from 1 -> the loss beside the network's, in nats."""
         recipe, (p, g, m, v, rates, decay), ops, added = self.recipe, self.state, Watched(), 0
-        g.flat[:] = 0
+        g.flat[:], dheads = 0, self.heads.zeros_like()
         restored, cache = centered(degraded, p, self.config, ops)
         _, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
-        flat = [Z.reshape(len(Z), -1) for Z in ops.seen]
-        if self.kind == "labels" and self.heads is None:
-            self.heads = Params({f"{k}.{n}": s for k, z in enumerate(flat) for n, s in
-                                 (("W", (z.shape[1], len(NAMES))), ("b", (len(NAMES),)))})
-            self.moments = [self.heads.zeros_like().flat for _ in range(3)]
-        dheads = self.heads.zeros_like() if self.heads is not None else None
-        for k, z in enumerate(flat):
+        for k, Z in enumerate(ops.seen if self.kind else ()):
+            z = Z.reshape(len(Z), -1)
             if self.kind == "prior":
                 loss, c = agreement(z)
                 dz = agreement_backward(self.weight, c)
-            elif self.kind == "labels":
-                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], which)
-                dz, dheads[f"{k}.W"][...], dheads[f"{k}.b"][...] = naming_backward(self.weight, c)
             else:
-                continue
+                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], which)
+                dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
             added += loss
-            ops.wanted[k] = dz.reshape(ops.seen[k].shape).astype(np.float32)
+            ops.wanted[k] = dz.reshape(Z.shape).astype(np.float32)
         centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
         cpu.adamw(p.flat, g.flat, m, v, i, rate * rates, decay)
-        if dheads is not None:
-            cpu.adamw(self.heads.flat, dheads.flat, *self.moments[:2], i, rate, self.moments[2])
+        cpu.adamw(self.heads.flat, dheads.flat, *self.moments, i, rate, np.zeros_like(dheads.flat))
         return added
 
     def tested(self, tests):

@@ -82,6 +82,12 @@ without() { tinycea compare --split validation --out runs/rates-without-sca --st
 without --adapters none:sca=false
 without --adapters cea:sca=false descriptor:sca=false --rates 0.03 0.1 0.3
 
+# What the instruments read of the layer without SCA, of seed 0 and the usual rate.
+model=$(python -c "from pathlib import Path; from tinycea.lab import comparison
+recipe, = comparison.grid(['aio5'], ['cea:sca=false'], 1, [4000], images=str(Path('runs/photographs').resolve()))
+print(comparison.model_path(recipe, Path('runs/told')))")
+python data/instruments.py "$1" "$model" > data/results/stains/instruments-aio5.txt
+
 # Do summaries help that are taught to know the degradation?
 python data/priors.py "$1" > data/results/told/priors.txt
 

@@ -344,8 +344,13 @@ def test_gradients_are_added_never_written_over(adapter):
     assert not nothing and off < RTOL["same sum in another order"] * np.abs(more.flat).max()
 
 
+def program_of(name):
+    """The names of a program in data/."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "data" / name))
+
+
 def test_the_recognizer_s_gradient_is_right():
-    program = runpy.run_path(str(Path(__file__).parents[1] / "data" / "recognizer.py"))
+    program = program_of("recognizer.py")
     rng, p = np.random.default_rng(0), program["fresh"](("noise", "rain", "haze"), 0, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
 
@@ -358,7 +363,7 @@ def test_the_recognizer_s_gradient_is_right():
 
 
 def test_the_losses_on_summaries_have_right_gradients():
-    program, rng = runpy.run_path(str(Path(__file__).parents[1] / "data" / "priors.py")), np.random.default_rng(0)
+    program, rng = program_of("priors.py"), np.random.default_rng(0)
     z = rng.normal(size=(8, 6)) + 1
     gradcheck.assert_gradients(program["agreement"], lambda dy, cache: (program["agreement_backward"](dy, cache),), {"z": z})
     right = np.array([0, 0, 3, 3, 2, 2, 4, 4])
@@ -370,7 +375,7 @@ def test_the_losses_on_summaries_have_right_gradients():
 
 
 def test_a_summary_s_extra_gradient_reaches_the_network():
-    program, rng = runpy.run_path(str(Path(__file__).parents[1] / "data" / "priors.py")), np.random.default_rng(0)
+    program, rng = program_of("priors.py"), np.random.default_rng(0)
     config = NAFNetConfig(width=8, adapter=CEAConfig(rank=2))
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)

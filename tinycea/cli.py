@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__
@@ -42,8 +43,9 @@ def parser():
 
     sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, lens, or some joined by + (default aio5)")
-    sub.add_argument("--adapter", help="none, wider, cea (default), static, mlp, descriptor, prompt, experts-image, expert"
-                     "s-token, cea-softmax, cea-topk, cea-image, cea-static, cea-static-A, cea-static-U; cea:rank=16,sca=false")
+    sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
+                     "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
+                     "cea-static-U, cea-static; with options as in cea:rank=16,sca=false")
     sub.add_argument("--steps", type=count, help="training steps (default 2400)")
     sub.add_argument("--seed", type=natural, help="of everything random (default 0)")
     sub.add_argument("--backend", help="cpu, cuda or reference (default cpu)")
@@ -118,13 +120,10 @@ def parser():
 def number(convert, valid, expected):
     """An argparse type: `convert`, then refuse what is not `valid`."""
     def parse(text):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not valid(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
+        with suppress(ValueError):
+            if valid(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return parse
 
 
