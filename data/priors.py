@@ -1,54 +1,62 @@
-"""Does CEA gain if its summaries Z are taught to know the degradation, in training alone? Two losses beside the network's own.
+"""Does a layer gain if, in training, its summary of the image is taught to know the degradation? A loss beside the network's.
 
-    python data/priors.py FOLDER [SEED ...]       PSNR on a crop of each of FOLDER's first hundred images, see results.sh
+    python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000] [--split test]
 
-prior: no labels; two patches under the same draw of a degradation are to agree in Z, others of the batch to differ (InfoNCE,
-van den Oord et al. 2018): a self-supervised degradation prior. labels: a linear map of Z is to name the degradation
-(cross-entropy). Both are taken of every CEA layer and added up. All learn from the same batches: four of the suite's
-degradations, two patches each. Without SCA, for there CEA has something to gain.
+FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: an adapter and a loss, as in aio5:cea+labels; see LOSSES.
+OUT: the folder of runs.jsonl; a line is a trained and tested network, as of `tinycea compare`, which is not trained again.
+
+labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
+prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
+(InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; twins: the same batches, no loss.
+The losses are taken of every layer that has a summary and added up: CEA's Z, the descriptor's e, and in a network without a
+layer the means that SCA is written by.
 """
-import sys
+import argparse
+import json
+import os
+import re
+from concurrent.futures import as_completed
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from scipy.special import softmax
+from scipy.special import softmax, xlogy
 from tqdm import tqdm
 
-from tinycea.degradations import apply, suite
-from tinycea.evaluation import psnr, test_set
+from tinycea.degradations import suite
 from tinycea.feed import BATCHES, leaves, photos
-from tinycea.lab.comparison import grid
+from tinycea.feed import batch as ordinary
+from tinycea.lab.comparison import LABELS, Split, finished, grid, tested, told
 from tinycea.nafnet import centered, centered_backward
 from tinycea.ops import cpu
 from tinycea.optim import clip_by_norm, warmup_cosine
 from tinycea.params import Params
-from tinycea.runtime import machine
+from tinycea.runtime import locked, machine, pool
 from tinycea.scenes import crop
 from tinycea.training import start
 from tinycea.zoo import network
 
-NAMES = suite("aio5")
-# Row -> the loss and its weight in dB, which neither drowns the network's gradient nor is drowned by it.
-ROWS = {"cea": (None, 0), "cea, prior": ("prior", 0.1), "cea, labels": ("labels", 0.3)}
+LOSSES = {"labels": 0.3, "prior": 0.1, "twins": 0}        # weights in dB, none drowns the network's gradient or is drowned
+# Those of the comparison at 4000 steps.
+RATES = {"cea": 0.03, "cdd11:cea": 0.1, "descriptor": 0.03, "cea:sca=false": 0.1, "descriptor:sca=false": 0.03, "none": 0.1}
 
 
-def batch(recipe, step):
-    """Degraded and clean patches (8,P,P,3) and the degradations' numbers (8,): rows 2j and 2j+1 have the same, drawn alike."""
-    rng, made = np.random.default_rng([recipe.seed, BATCHES, step]), []
-    for which in rng.permutation(len(NAMES))[:recipe.batch // 2]:
+def twins(recipe, step, degrade=told):
+    """Degraded and clean patches (8,P,P,.) of one step: rows 2j and 2j+1 have the same degradation, drawn alike."""
+    rng, made, names = np.random.default_rng([recipe.seed, BATCHES, step]), [], suite(recipe.suite)
+    for which in rng.permutation(len(names))[:recipe.batch // 2]:
         draw = rng.integers(2**32)
         for levels in (leaves(recipe.seed, int(rng.integers(recipe.scenes)), recipe.patch), photos(recipe.images, recipe.patch)):
             scene = crop(levels[rng.integers(len(levels))], recipe.patch, rng)
-            made.append((apply(scene, NAMES[which], np.random.default_rng(draw)), scene.image, which))
+            made.append((degrade(scene, names[which], np.random.default_rng(draw)), scene.image))
     return [np.stack(part) for part in zip(*made)]
 
 
-def cross_entropy(logits, right):
-    """Of softmax(logits), (B,K), against the numbers `right` (B,): the mean in nats, and B times its gradient."""
-    share, chosen = softmax(logits, axis=1), (np.arange(len(logits)), right)
-    slope = share.copy()
-    slope[chosen] -= 1
-    return -np.log(share[chosen]).mean(), slope
+def cross_entropy(logits, target):
+    """Of softmax(logits), (B,K), to targets (B,K), shares that add up to 1: the mean in nats, and B times its gradient."""
+    share = softmax(logits, axis=1)
+    return -xlogy(target, share).sum() / len(logits), share - target
 
 
 def agreement(z, temperature=0.1):
@@ -57,7 +65,7 @@ def agreement(z, temperature=0.1):
     n = z / length
     logits = n @ n.T / temperature
     np.fill_diagonal(logits, -np.inf)
-    loss, slope = cross_entropy(logits, np.arange(len(z)) ^ 1)
+    loss, slope = cross_entropy(logits, np.eye(len(z))[np.arange(len(z)) ^ 1])
     return loss, (n, length, slope, temperature)
 
 
@@ -68,9 +76,9 @@ def agreement_backward(dloss, cache):
     return (dn - n * (n * dn).sum(1, keepdims=True)) / length
 
 
-def naming(z, W, b, right):
-    """Cross-entropy of softmax(z W + b) against the numbers `right` (B,): loss in nats, cache."""
-    loss, slope = cross_entropy(z @ W + b, right)
+def naming(z, W, b, target):
+    """Cross-entropy of softmax(z W + b) to the targets (B,K): loss in nats, cache."""
+    loss, slope = cross_entropy(z @ W + b, target)
     return loss, (z, W, slope)
 
 
@@ -81,48 +89,62 @@ def naming_backward(dloss, cache):
     return dlogits @ W.T, z.T @ dlogits, dlogits.sum(0)
 
 
-class Watched(SimpleNamespace):
-    """The CPU's ops; `seen` holds the Z of every CEA layer, and their gradients get `wanted` added."""
+# Adapter -> the op that makes its summary.
+SUMMARY = {"cea": "summarize", "descriptor": "simple_gate", "none": "global_average_pool"}
 
-    def __init__(self):
-        super().__init__(**vars(cpu) | {"summarize": self.look, "summarize_backward": self.add}, seen=[], wanted={})
+
+class Watched(SimpleNamespace):
+    """The CPU's ops; `seen` holds the summary of every layer, and their gradients get `wanted` added.
+
+    op: what makes them; what it makes of an image, (B,H,W,C) with H W > 1, is none.
+    """
+
+    def __init__(self, op="summarize"):
+        super().__init__(**vars(cpu) | {op: self.look, f"{op}_backward": self.add}, op=op, seen=[], wanted={})
 
     def look(self, *args):
-        Z, cache = cpu.summarize(*args)
-        self.seen.append(Z)
-        return Z, (cache, len(self.seen) - 1)
+        y, cache = getattr(cpu, self.op)(*args)
+        if y.ndim == 4 and y[0, ..., 0].size > 1:
+            return y, (cache, None)
+        self.seen.append(y)
+        return y, (cache, len(self.seen) - 1)
 
-    def add(self, dZ, cache):
-        return cpu.summarize_backward(dZ + self.wanted.get(cache[1], 0), cache[0])
+    def add(self, dy, cache):
+        return getattr(cpu, f"{self.op}_backward")(dy + self.wanted.get(cache[1], 0), cache[0])
 
 
 class Learner:
     """A network under training, and the linear maps that name degradations."""
 
-    def __init__(self, seed, kind, weight):
-        self.recipe = grid(["aio5"], ["cea:sca=false"], seed + 1, [4000], [None], "runs/photographs")[-1]
-        self.config, self.state, self.kind, self.weight = network(self.recipe.adapter), start(self.recipe), kind, weight
-        sizes = [self.config.adapter.rank * self.config.stages()[stage][0] for stage in self.config.adapted()]       # of each Z
-        self.heads = Params({f"{k}.{name}": shape for k, size in enumerate(sizes)
-                             for name, shape in (("W", (size, len(NAMES))), ("b", (len(NAMES),)))})
+    def __init__(self, recipe, loss):
+        self.recipe, self.config, self.state, self.loss = recipe, network(recipe.adapter), start(recipe), loss
+        _, ops, _ = self.forward(np.zeros((1, recipe.patch, recipe.patch, 3), np.float32))
+        self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen)
+                             for name, shape in (("W", (y.size, len(LABELS))), ("b", (len(LABELS),)))})
         self.moments = [self.heads.zeros_like().flat for _ in range(2)]
 
-    def step(self, i, degraded, clean, which):
-        """Step i, from 1 -> the loss beside the network's, in nats."""
-        recipe, (p, g, m, v, rates, decay), ops, added = self.recipe, self.state, Watched(), 0
+    def forward(self, images, keep=True):
+        ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]])
+        restored, cache = centered(images, self.state.p, self.config, ops, keep=keep)
+        return restored, ops, cache
+
+    def step(self, i, labeled, clean):
+        """Step i, from 1, on images with their labels behind the colors, see `told` -> the loss beside the network's, in nats."""
+        recipe, (p, g, m, v, rates, decay), added = self.recipe, self.state, 0
+        degraded, target = labeled[..., :3], (2 * labeled[..., 3:] - 1).mean((1, 2))
         g.flat[:], dheads = 0, self.heads.zeros_like()
-        restored, cache = centered(degraded, p, self.config, ops)
+        restored, ops, cache = self.forward(degraded)
         _, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
-        for k, Z in enumerate(ops.seen if self.kind else ()):
-            z = Z.reshape(len(Z), -1)
-            if self.kind == "prior":
+        for k, y in enumerate(ops.seen if LOSSES[self.loss] else ()):
+            z = y.reshape(len(y), -1)
+            if self.loss == "prior":
                 loss, c = agreement(z)
-                dz = agreement_backward(self.weight, c)
+                dz = agreement_backward(LOSSES["prior"], c)
             else:
-                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], which)
-                dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
+                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target / target.sum(1, keepdims=True))
+                dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(LOSSES["labels"], c)
             added += loss
-            ops.wanted[k] = dz.reshape(Z.shape).astype(np.float32)
+            ops.wanted[k] = dz.reshape(y.shape).astype(np.float32)
         centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
@@ -130,32 +152,43 @@ class Learner:
         cpu.adamw(self.heads.flat, dheads.flat, *self.moments, i, rate, np.zeros_like(dheads.flat))
         return added
 
-    def tested(self, tests):
-        """Mean PSNR in dB; and how often the crop that is nearest in Z has the same degradation."""
-        found, summaries = [], []
-        for _, _, degraded, clean in tests:
-            ops = Watched()
-            restored, _ = centered(degraded[None].astype(np.float32), self.state.p, self.config, ops, keep=False)
-            found.append(psnr(np.clip(restored[0], 0, 1), clean))
-            summaries.append(np.concatenate([Z.ravel() for Z in ops.seen]))
-        z, names = np.stack(summaries), np.array([test[0] for test in tests])
-        z /= np.linalg.norm(z, axis=1, keepdims=True)
-        near = z @ z.T - 9 * np.eye(len(z))
-        return np.mean(found), np.mean(names[near.argmax(1)] == names)
+
+def trial(recipe, loss, split):
+    """Train and test one network: its line."""
+    cpu.keep_memory()
+    learner, batch = Learner(recipe, loss), ordinary if loss == "labels" else twins
+    for i in range(1, recipe.steps + 1):
+        learner.step(i, *batch(recipe, i - 1 if loss == "labels" else i, told))
+    dB = tested(lambda image, entry: np.clip(learner.forward(image[None].astype(np.float32), keep=False)[0][0], 0, 1),
+                recipe.suite, split)
+    return {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}"}, "split": str(split), "psnr": dB,
+            "parameters": learner.state.p.flat.size, "multiplications_per_pixel": 0, "milliseconds_per_step": 0,
+            "machine": machine()}
 
 
 if __name__ == "__main__":
-    tests = list(test_set(NAMES, "validation", "crops", 1, images=sys.argv[1]))
-    for seed in map(int, sys.argv[2:] or (0, 1)):
-        learners = {name: Learner(seed, *row) for name, row in ROWS.items()}
-        recipe = learners["cea"].recipe
-        for i in (bar := tqdm(range(1, recipe.steps + 1), desc=f"seed {seed}", unit="step", disable=None)):
-            made, beside = batch(recipe, i), {}
-            for name, learner in learners.items():
-                beside[name] = learner.step(i, *made)
-            if i % 50 == 0:
-                bar.set_postfix_str(", ".join(f"{name} {loss:.2f}" for name, loss in beside.items() if loss))
-        for name, learner in learners.items():
-            dB, near = learner.tested(tests)
-            print(f"seed {seed}  {name:20s} {dB:6.2f} dB, nearest in Z has the same degradation: {near:.2f}", flush=True)
-    print(machine())
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "photographs", "out"):
+        parser.add_argument(name)
+    parser.add_argument("rows", nargs="+")
+    for name, usual in (("--seeds", 3), ("--steps", 4000)):
+        parser.add_argument(name, type=int, default=usual)
+    parser.add_argument("--split", default="test")
+    a, todo = parser.parse_args(), {}
+    split = Split(a.split, a.folder)
+    for seed in range(a.seeds):
+        for row in a.rows:
+            suite_name, adapter, loss = re.fullmatch(r"(\w+):(.+)\+(\w+)", row).groups()
+            rate = RATES.get(f"{suite_name}:{adapter}") or RATES[adapter]
+            recipe, = [r for r in grid([suite_name], [adapter], seed + 1, [a.steps], [rate], a.photographs) if r.seed == seed]
+            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, loss, split
+    with locked(a.out), pool(os.cpu_count()) as executor:
+        done = {json.dumps(line["recipe"]) for line in finished(a.out) if line["split"] == str(split)}
+        running = [executor.submit(trial, *work) for key, work in todo.items() if key not in done]
+        with open(Path(a.out) / "runs.jsonl", "a") as file:
+            for future in (bar := tqdm(as_completed(running), "training", len(running), unit="network", disable=None)):
+                line = future.result()
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                dB = np.mean([list(photos.values()) for photos in line["psnr"]["crops"].values()])
+                bar.set_postfix_str(f"{line['recipe']['adapter']} {dB:.2f} dB")

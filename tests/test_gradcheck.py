@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_ops import naming, several
 
-from tinycea import ablations, cases, cea, gradcheck, nafnet
+from tinycea import ablations, cases, cea, feed, gradcheck, nafnet, training
 from tinycea.ablations import CEAConfig
 from tinycea.adapters import FAMILIES
 from tinycea.gradcheck import check_gradients
+from tinycea.lab import comparison
 from tinycea.nafnet import NAFNetConfig
 from tinycea.ops import reference
 from tinycea.params import copy_into
@@ -366,12 +367,28 @@ def test_the_losses_on_summaries_have_right_gradients():
     program, rng = program_of("priors.py"), np.random.default_rng(0)
     z = rng.normal(size=(8, 6)) + 1
     gradcheck.assert_gradients(program["agreement"], lambda dy, cache: (program["agreement_backward"](dy, cache),), {"z": z})
-    right = np.array([0, 0, 3, 3, 2, 2, 4, 4])
-    gradcheck.assert_gradients(lambda z, W, b: program["naming"](z, W, b, right), program["naming_backward"],
+    target = np.eye(5)[[0, 0, 3, 3, 2, 2, 4, 4]]
+    target[0] = 0.5, 0, 0.5, 0, 0                             # a composition of two
+    gradcheck.assert_gradients(lambda z, W, b: program["naming"](z, W, b, target), program["naming_backward"],
                                {"z": z, "W": rng.normal(size=(6, 5)), "b": rng.normal(size=5)})
     alike = np.repeat(rng.normal(size=(4, 6)), 2, 0)          # partners agree, others do not: as small as it gets
     loss, mixed = (program["agreement"](z)[0] for z in (alike, rng.permutation(alike)))
     assert loss < mixed and loss < 0.3
+
+
+@pytest.mark.parametrize("adapter", ("cea", "descriptor:sca=false", "none"))
+def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adapter):
+    program, (recipe,) = program_of("priors.py"), comparison.grid(["aio5"], [adapter], 1, [100])
+    progress = training.Progress([training.start(recipe)], [[]])
+    batches = [feed.batch(recipe, step, comparison.told) for step in range(3)]
+    list(training.train_together([recipe], [(labeled[..., :3], clean) for labeled, clean in batches], progress))
+    for weight in (0.3, 0):                                   # and with weight it does not
+        alone = program["Learner"](recipe, "labels")
+        program["LOSSES"]["labels"] = weight
+        for i, made in enumerate(batches, 1):
+            alone.step(i, *made)
+        assert (alone.state.p.flat == progress.states[0].p.flat).all() == (weight == 0)
+        assert len(alone.heads) == 2 * (4 if adapter == "none" else 3)
 
 
 def test_a_summary_s_extra_gradient_reaches_the_network():

@@ -9,6 +9,7 @@ from tinycea.adapters import family
 from tinycea.degradations import apply, stains
 from tinycea.lab import limits, mechanism
 from tinycea.lab.mechanism import AMOUNTS, CEA, LIFT, TASKS, by_hand, color, fields, pictures, psnr, teach, theory, tokens
+from tinycea.runtime import InputError
 from tinycea.scenes import Scene
 
 
@@ -78,6 +79,10 @@ def test_trials_done_are_not_done_again(tmp_path):
     assert again[trials[0]][0] == 7 and np.array_equal(again[trials[1]], first[trials[1]])
     assert len(kept.read_bytes().splitlines()) == 4 and again[trials[3]].shape == first[trials[1]].shape
     assert len(limits.results(trials[:1], None, 3, tmp_path)) == 1 and len(kept.read_bytes().splitlines()) == 5   # other steps
+    for damage in ("1", '["a key"]', "[" * 5000):
+        kept.write_text(f"{damage}\n")
+        with pytest.raises(InputError, match="trials.jsonl: line 1"):
+            limits.results(trials[:1], None, 2, tmp_path)
 
 
 def test_the_long_table_chooses_on_validation_and_tests_on_test(monkeypatch, capsys):

@@ -80,14 +80,14 @@ def name(recipes):
     return re.sub(r"[^\w.+-]", "_", f"{first.suite}-{first.adapter}-{first.steps}-seed{first.seed}-{digest}")
 
 
-def finished(folder):
-    """The lines of a folder's runs.jsonl, a list of dicts; InputError for a damaged one."""
-    path, found = Path(folder) / "runs.jsonl", []
+def finished(folder, name="runs.jsonl", check=lambda line: (line["recipe"]["suite"], line["split"], line["psnr"])):
+    """The lines of a folder's runs.jsonl, a list of dicts; InputError for a damaged one, at which `check` stumbles."""
+    path, found = Path(folder) / name, []
     for i, line in enumerate(read_bytes(path).splitlines(True) if path.exists() else (), 1):
         try:
             if line.endswith(b"\n"):          # else half a line, of a full disk or a killed process: its run is made again
                 found.append(json.loads(line))
-                found[-1]["recipe"]["suite"], found[-1]["split"], found[-1]["psnr"]
+                check(found[-1])
         except (ValueError, RecursionError, KeyError, TypeError):
             raise InputError(f"{path}: line {i} is not that of a run") from None
     return found

@@ -20,7 +20,7 @@ from ..ablations import CEAConfig
 from ..adapters import DescriptorConfig, ExpertsConfig, MLPConfig, PromptConfig, family
 from ..params import Params
 from ..runtime import locked, machine, pool, read_bytes
-from .comparison import interval
+from .comparison import finished, interval
 from .mechanism import MODELS, SHOWN, SIDE, TASKS, pictures, psnr, teach, theory
 
 SIZES = {CEAConfig: [{"probe_channels": 16, "rank": rank} for rank in (4, 16)]} | {
@@ -47,7 +47,7 @@ def results(trials, folder, steps, out):
     """Trial -> what `tested` says, (photographs,); those that the run folder does not hold are made side by side."""
     with locked(out), open(Path(out) / "trials.jsonl", "a+b") as file, pool(os.cpu_count()) as executor:
         file.truncate(read_bytes(file.name).rfind(b"\n") + 1)                   # half a line goes
-        found = dict(map(json.loads, read_bytes(file.name).splitlines()))
+        found = dict(finished(out, "trials.jsonl", lambda line: dict([line])))
         keys = {trial: repr((trial, steps, folder and os.path.realpath(folder))) for trial in trials}
         running = {executor.submit(tested, trial, folder, steps): key for trial, key in keys.items() if key not in found}
         for future in (bar := tqdm(as_completed(running), "teaching", len(running), unit="layer", disable=None)):
