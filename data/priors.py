@@ -1,9 +1,10 @@
 """Does a layer gain if, in training, its summary of the image is taught to know the degradation? A loss beside the network's.
 
-    python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000] [--split test]
+    python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000]
 
-FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: an adapter and a loss, as in aio5:cea+labels; see LOSSES.
-OUT: the folder of runs.jsonl; a line is a trained and tested network, as of `tinycea compare`, which is not trained again.
+FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, as in aio5:cea@0.03+labels.
+OUT: the folder of runs.jsonl; two lines are a trained network on validation and test photographs, as of `tinycea compare`. It is
+not trained again.
 
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
 prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import re
+from collections import defaultdict
 from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from tinycea.degradations import suite
 from tinycea.feed import BATCHES, leaves, photos
 from tinycea.feed import batch as ordinary
-from tinycea.lab.comparison import LABELS, Split, finished, grid, tested, told
+from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, multiplications, tested, told
 from tinycea.nafnet import centered, centered_backward
 from tinycea.ops import cpu
 from tinycea.optim import clip_by_norm, warmup_cosine
@@ -38,8 +40,6 @@ from tinycea.training import start
 from tinycea.zoo import network
 
 LOSSES = {"labels": 0.3, "prior": 0.1, "twins": 0}        # weights in dB, none drowns the network's gradient or is drowned
-# Those of the comparison at 4000 steps.
-RATES = {"cea": 0.03, "cdd11:cea": 0.1, "descriptor": 0.03, "cea:sca=false": 0.1, "descriptor:sca=false": 0.03, "none": 0.1}
 
 
 def twins(recipe, step, degrade=told):
@@ -153,17 +153,55 @@ class Learner:
         return added
 
 
-def trial(recipe, loss, split):
-    """Train and test one network: its line."""
+def trial(recipe, loss, folder):
+    """Train and test one network: its lines."""
     cpu.keep_memory()
     learner, batch = Learner(recipe, loss), ordinary if loss == "labels" else twins
     for i in range(1, recipe.steps + 1):
         learner.step(i, *batch(recipe, i - 1 if loss == "labels" else i, told))
-    dB = tested(lambda image, entry: np.clip(learner.forward(image[None].astype(np.float32), keep=False)[0][0], 0, 1),
-                recipe.suite, split)
-    return {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}"}, "split": str(split), "psnr": dB,
-            "parameters": learner.state.p.flat.size, "multiplications_per_pixel": 0, "milliseconds_per_step": 0,
-            "machine": machine()}
+    line = {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}"}, "parameters": learner.state.p.flat.size,
+            "multiplications_per_pixel": multiplications(learner.config), "milliseconds_per_step": None, "machine": machine()}
+
+    def restorer(image, entry):
+        return learner.forward(image[None].astype(np.float32), keep=False)[0][0]
+    return [line | {"split": str(split), "psnr": tested(restorer, recipe.suite, split)}
+            for split in (Split("validation", folder), Split("test", folder))]
+
+
+def lead(values, others):
+    """Mean lead in dB of a network over another, and as text with its interval; both seed -> (photographs, entries)."""
+    ahead = np.array([(values[seed] - others[seed]).mean(-1) for seed in sorted(set(values) & set(others))])
+    return ahead.mean(), "{:+.2f} [{:+.2f}, {:+.2f}]".format(ahead.mean(), *interval(ahead))
+
+
+def publish(lines):
+    """Print PSNR on the test photographs, the lead over the same network untaught, over none, and the share of told's lead.
+
+    lines: those of the comparison too, whose networks are untaught.
+    """
+    table, chosen = defaultdict(dict), defaultdict(list)      # (suite, adapter, rate, loss) -> seed -> (photographs, entries)
+    for line in lines:
+        recipe = line["recipe"]
+        adapter, _, loss = recipe["adapter"].partition("+")
+        key = recipe["suite"], adapter, recipe.get("adapter_lr"), loss
+        if line["split"].startswith("test"):
+            table[key][recipe.get("seed")] = matrix(line)
+        else:
+            chosen[key].append(mean(line["psnr"]))
+    print("PSNR in dB\nsuite  adapter, its rate, loss               seeds  validation   test  minus untaught        "
+          "minus none            share")
+    for key, values in table.items():
+        suite_name, adapter, rate, loss = key
+        sca = ":sca=false" * adapter.endswith(":sca=false")
+        none, told = (table.get((suite_name, base + sca, 0.1, ""), {}) for base in ("none", "told"))
+        if not loss or not none:
+            continue
+        untaught = table.get((suite_name, adapter, rate, "" if loss == "labels" else "twins" * (loss == "prior")))
+        first, second = (lead(values, other)[1] if other else "" for other in (untaught, none))
+        share = f"{lead(values, none)[0] / lead(told, none)[0]:5.0%}" if told else ""
+        validation = f"{np.mean(chosen[key]):6.2f}" if key in chosen else ""
+        print(f"{suite_name:6s} {f'{adapter}, {rate:g}, {loss}':34s} {len(values):5d} {validation:>11s} "
+              f"{np.mean(list(values.values())):6.2f}  {first:21s} {second:21s} {share}")
 
 
 if __name__ == "__main__":
@@ -173,22 +211,21 @@ if __name__ == "__main__":
     parser.add_argument("rows", nargs="+")
     for name, usual in (("--seeds", 3), ("--steps", 4000)):
         parser.add_argument(name, type=int, default=usual)
-    parser.add_argument("--split", default="test")
     a, todo = parser.parse_args(), {}
-    split = Split(a.split, a.folder)
     for seed in range(a.seeds):
         for row in a.rows:
-            suite_name, adapter, loss = re.fullmatch(r"(\w+):(.+)\+(\w+)", row).groups()
-            rate = RATES.get(f"{suite_name}:{adapter}") or RATES[adapter]
-            recipe, = [r for r in grid([suite_name], [adapter], seed + 1, [a.steps], [rate], a.photographs) if r.seed == seed]
-            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, loss, split
+            suite_name, adapter, rate, loss = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(\w+)", row).groups()
+            *_, recipe = grid([suite_name], [adapter], seed + 1, [a.steps], [float(rate)], a.photographs)
+            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, loss, a.folder
     with locked(a.out), pool(os.cpu_count()) as executor:
-        done = {json.dumps(line["recipe"]) for line in finished(a.out) if line["split"] == str(split)}
+        done = {json.dumps(line["recipe"]) for line in finished(a.out)}
         running = [executor.submit(trial, *work) for key, work in todo.items() if key not in done]
         with open(Path(a.out) / "runs.jsonl", "a") as file:
             for future in (bar := tqdm(as_completed(running), "training", len(running), unit="network", disable=None)):
-                line = future.result()
-                file.write(json.dumps(line) + "\n")
+                lines = future.result()
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
                 file.flush()
-                dB = np.mean([list(photos.values()) for photos in line["psnr"]["crops"].values()])
-                bar.set_postfix_str(f"{line['recipe']['adapter']} {dB:.2f} dB")
+                bar.set_postfix_str(f"{lines[0]['recipe']['adapter']} {mean(lines[0]['psnr']):.2f} dB")
+    publish([line for folder in ("data/results/told", a.out) for line in finished(folder)
+             if line["recipe"].get("steps") == a.steps])
+    print(f"{a.steps} steps; {machine()}")

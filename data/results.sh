@@ -88,8 +88,18 @@ recipe, = comparison.grid(['aio5'], ['cea:sca=false'], 1, [4000], images=str(Pat
 print(comparison.model_path(recipe, Path('runs/told')))")
 python data/instruments.py "$1" "$model" > data/results/stains/instruments-aio5.txt
 
-# Do summaries help that are taught to know the degradation?
-python data/priors.py "$1" > data/results/told/priors.txt
+# Do summaries help that are taught to know the degradation? And what would it be worth to know it as well as a classifier does?
+# runs.jsonl of runs/told must lie in data/results/told by now. (told/priors.txt is of an earlier form: data/priors.py of dc4bb2d.)
+cp runs/told/runs.jsonl data/results/told/
+longer --suites aio5 --adapters none none:sca=false cea:sca=false --seeds 5
+taught() { python data/priors.py "$folder" runs/photographs runs/taught "$@"; }
+folder=$1
+taught aio5:cea@0.1+labels aio5:cea:sca=false@0.3+labels --seeds 1
+taught aio5:descriptor@0.03+labels --seeds 1
+taught aio5:{cea@0.03,descriptor:sca=false@0.03}+labels
+taught aio5:{cea:sca=false@0.1,none@0.1}+labels --seeds 5 > data/results/told/taught.txt
+cp runs/taught/runs.jsonl data/results/told/taught.jsonl
+python data/recognizer.py "$1" told > data/results/told/recognized.txt
 
 # The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
 curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }

@@ -363,6 +363,17 @@ def test_the_recognizer_s_gradient_is_right():
     gradcheck.assert_gradients(lambda w: program["forward"](images, p.over(w)), backward, {"w": p.flat})
 
 
+def test_an_image_is_told_what_the_classifier_says():
+    program, names = program_of("recognizer.py"), ("noise25", "rain", "haze")
+    p, image = program["fresh"](names, 0), np.random.default_rng(0).random((8, 8, 18))
+    p["names.bias"] = (0, 50, 0)
+    label = np.full(15, 0.5)
+    label[program["LABELS"].index("rain")] = 1
+    labeled = program["named"](image, p, names)
+    np.testing.assert_array_equal(labeled[..., :3], image[..., :3])
+    np.testing.assert_allclose(labeled[..., 3:], np.broadcast_to(label, (8, 8, 15)))
+
+
 def test_the_losses_on_summaries_have_right_gradients():
     program, rng = program_of("priors.py"), np.random.default_rng(0)
     z = rng.normal(size=(8, 6)) + 1
