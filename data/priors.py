@@ -2,13 +2,14 @@
 
     python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000]
 
-FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, as in aio5:cea@0.03+labels.
+FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, the
+loss's weight in dB, as in aio5:cea@0.03+labels*0.3.
 OUT: the folder of runs.jsonl; two lines are a trained network on validation and test photographs, as of `tinycea compare`. It is
 not trained again.
 
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
 prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
-(InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; twins: the same batches, no loss.
+(InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; prior*0 is a network untaught by them.
 The losses are taken of every layer that has a summary and added up: CEA's Z, the descriptor's e, and in a network without a
 layer the means that SCA is written by.
 """
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from tinycea.degradations import suite
 from tinycea.feed import BATCHES, leaves, photos
 from tinycea.feed import batch as ordinary
-from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, multiplications, tested, told
+from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, tested, told
 from tinycea.nafnet import centered, centered_backward
 from tinycea.ops import cpu
 from tinycea.optim import clip_by_norm, warmup_cosine
@@ -38,8 +39,6 @@ from tinycea.runtime import locked, machine, pool
 from tinycea.scenes import crop
 from tinycea.training import start
 from tinycea.zoo import network
-
-LOSSES = {"labels": 0.3, "prior": 0.1, "twins": 0}        # weights in dB, none drowns the network's gradient or is drowned
 
 
 def twins(recipe, step, degrade=told):
@@ -116,8 +115,9 @@ class Watched(SimpleNamespace):
 class Learner:
     """A network under training, and the linear maps that name degradations."""
 
-    def __init__(self, recipe, loss):
-        self.recipe, self.config, self.state, self.loss = recipe, network(recipe.adapter), start(recipe), loss
+    def __init__(self, recipe, loss, weight):
+        self.recipe, self.config, self.state = recipe, network(recipe.adapter), start(recipe)
+        self.loss, self.weight = loss, weight
         _, ops, _ = self.forward(np.zeros((1, recipe.patch, recipe.patch, 3), np.float32))
         self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen)
                              for name, shape in (("W", (y.size, len(LABELS))), ("b", (len(LABELS),)))})
@@ -135,14 +135,14 @@ class Learner:
         g.flat[:], dheads = 0, self.heads.zeros_like()
         restored, ops, cache = self.forward(degraded)
         _, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
-        for k, y in enumerate(ops.seen if LOSSES[self.loss] else ()):
+        for k, y in enumerate(ops.seen if self.weight else ()):
             z = y.reshape(len(y), -1)
             if self.loss == "prior":
                 loss, c = agreement(z)
-                dz = agreement_backward(LOSSES["prior"], c)
+                dz = agreement_backward(self.weight, c)
             else:
                 loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target / target.sum(1, keepdims=True))
-                dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(LOSSES["labels"], c)
+                dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
             added += loss
             ops.wanted[k] = dz.reshape(y.shape).astype(np.float32)
         centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
@@ -153,14 +153,13 @@ class Learner:
         return added
 
 
-def trial(recipe, loss, folder):
+def trial(recipe, loss, weight, folder):
     """Train and test one network: its lines."""
     cpu.keep_memory()
-    learner, batch = Learner(recipe, loss), ordinary if loss == "labels" else twins
+    learner, batch = Learner(recipe, loss, weight), ordinary if loss == "labels" else twins
     for i in range(1, recipe.steps + 1):
         learner.step(i, *batch(recipe, i - 1 if loss == "labels" else i, told))
-    line = {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}"}, "parameters": learner.state.p.flat.size,
-            "multiplications_per_pixel": multiplications(learner.config), "milliseconds_per_step": None, "machine": machine()}
+    line = {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}*{weight:g}"}, "machine": machine()}
 
     def restorer(image, entry):
         return learner.forward(image[None].astype(np.float32), keep=False)[0][0]
@@ -188,7 +187,7 @@ def publish(lines):
             table[key][recipe.get("seed")] = matrix(line)
         else:
             chosen[key].append(mean(line["psnr"]))
-    print("PSNR in dB\nsuite  adapter, its rate, loss               seeds  validation   test  minus untaught        "
+    print("PSNR in dB\nsuite  adapter, its rate, the loss's weight  seeds  validation   test  minus untaught        "
           "minus none            share")
     for key, values in table.items():
         suite_name, adapter, rate, loss = key
@@ -196,11 +195,11 @@ def publish(lines):
         none, told = (table.get((suite_name, base + sca, 0.1, ""), {}) for base in ("none", "told"))
         if not loss or not none:
             continue
-        untaught = table.get((suite_name, adapter, rate, "" if loss == "labels" else "twins" * (loss == "prior")))
-        first, second = (lead(values, other)[1] if other else "" for other in (untaught, none))
+        untaught = table.get((suite_name, adapter, rate, "" if loss.startswith("labels") else "prior*0"), {})
+        first, second = (lead(values, other)[1] if other and other is not values else "" for other in (untaught, none))
         share = f"{lead(values, none)[0] / lead(told, none)[0]:5.0%}" if told else ""
         validation = f"{np.mean(chosen[key]):6.2f}" if key in chosen else ""
-        print(f"{suite_name:6s} {f'{adapter}, {rate:g}, {loss}':34s} {len(values):5d} {validation:>11s} "
+        print(f"{suite_name:6s} {f'{adapter}@{rate:g}+{loss}':34s} {len(values):5d} {validation:>11s} "
               f"{np.mean(list(values.values())):6.2f}  {first:21s} {second:21s} {share}")
 
 
@@ -214,9 +213,10 @@ if __name__ == "__main__":
     a, todo = parser.parse_args(), {}
     for seed in range(a.seeds):
         for row in a.rows:
-            suite_name, adapter, rate, loss = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(\w+)", row).groups()
+            suite_name, adapter, rate, loss = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(.+)", row).groups()
+            kind, weight = loss.split("*")
             *_, recipe = grid([suite_name], [adapter], seed + 1, [a.steps], [float(rate)], a.photographs)
-            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, loss, a.folder
+            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, kind, float(weight), a.folder
     with locked(a.out), pool(os.cpu_count()) as executor:
         done = {json.dumps(line["recipe"]) for line in finished(a.out)}
         running = [executor.submit(trial, *work) for key, work in todo.items() if key not in done]

@@ -94,10 +94,10 @@ cp runs/told/runs.jsonl data/results/told/
 longer --suites aio5 --adapters none none:sca=false cea:sca=false --seeds 5
 taught() { python data/priors.py "$folder" runs/photographs runs/taught "$@"; }
 folder=$1
-taught aio5:cea@0.1+labels aio5:cea:sca=false@0.3+labels --seeds 1
-taught aio5:descriptor@0.03+labels --seeds 1
-taught aio5:{cea@0.03,descriptor:sca=false@0.03}+labels
-taught aio5:{cea:sca=false@0.1,none@0.1}+labels --seeds 5 > data/results/told/taught.txt
+taught "aio5:cea:sca=false@0.3+labels*0.3" "aio5:cea@0.1+labels*0.3" "aio5:descriptor@0.03+labels*0.3" --seeds 1
+taught "aio5:cea:sca=false@0.1+labels*"{0.1,1,3} "aio5:cea@0.03+labels*0.1" --seeds 1
+taught "aio5:cea@0.03+labels*0.3" "aio5:descriptor:sca=false@0.03+labels*0.3" "aio5:none@0.1+labels*0.3"
+taught "aio5:cea:sca=false@0.1+labels*0.3" --seeds 5 > data/results/told/taught.txt
 cp runs/taught/runs.jsonl data/results/told/taught.jsonl
 python data/recognizer.py "$1" told > data/results/told/recognized.txt
 

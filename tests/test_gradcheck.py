@@ -394,8 +394,7 @@ def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adap
     batches = [feed.batch(recipe, step, comparison.told) for step in range(3)]
     list(training.train_together([recipe], [(labeled[..., :3], clean) for labeled, clean in batches], progress))
     for weight in (0.3, 0):                                   # and with weight it does not
-        alone = program["Learner"](recipe, "labels")
-        program["LOSSES"]["labels"] = weight
+        alone = program["Learner"](recipe, "labels", weight)
         for i, made in enumerate(batches, 1):
             alone.step(i, *made)
         assert (alone.state.p.flat == progress.states[0].p.flat).all() == (weight == 0)
