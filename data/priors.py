@@ -8,6 +8,8 @@ OUT: the folder of runs.jsonl; two lines are a trained network on validation and
 not trained again.
 
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
+truth: labels, and the name is added to the summary as a learned vector, in training the true one, in use as the map names it: so
+the network learns to restore as one that knows, from the first step.
 prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
 (InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; prior*0 is a network untaught by them.
 The losses are taken of every layer that has a summary and added up: CEA's Z, the descriptor's e, and in a network without a
@@ -95,36 +97,44 @@ SUMMARY = {"cea": "summarize", "descriptor": "simple_gate", "none": "global_aver
 class Watched(SimpleNamespace):
     """The CPU's ops; `seen` holds the summary of every layer, and their gradients get `wanted` added.
 
-    op: what makes them; what it makes of an image, (B,H,W,C) with H W > 1, is none.
+    op: what makes them; what it makes of an image, (B,H,W,C) with H W > 1, is none. tell: f(layer's number, summary) -> what is
+    added to it on its way; `came` holds the gradients of these.
     """
 
-    def __init__(self, op="summarize"):
-        super().__init__(**vars(cpu) | {op: self.look, f"{op}_backward": self.add}, op=op, seen=[], wanted={})
+    def __init__(self, op="summarize", tell=None):
+        super().__init__(**vars(cpu) | {op: self.look, f"{op}_backward": self.add}, op=op, tell=tell, seen=[], wanted={}, came={})
 
     def look(self, *args):
         y, cache = getattr(cpu, self.op)(*args)
         if y.ndim == 4 and y[0, ..., 0].size > 1:
             return y, (cache, None)
+        k = len(self.seen)
         self.seen.append(y)
-        return y, (cache, len(self.seen) - 1)
+        return y + self.tell(k, y) if self.tell else y, (cache, k)
 
     def add(self, dy, cache):
+        self.came[cache[1]] = dy
         return getattr(cpu, f"{self.op}_backward")(dy + self.wanted.get(cache[1], 0), cache[0])
 
 
 class Learner:
-    """A network under training, and the linear maps that name degradations."""
+    """A network under training, and the linear maps that name degradations, and that say a name."""
 
     def __init__(self, recipe, loss, weight):
         self.recipe, self.config, self.state = recipe, network(recipe.adapter), start(recipe)
-        self.loss, self.weight = loss, weight
+        self.loss, self.weight, self.heads, K = loss, weight, {}, len(LABELS)
         _, ops, _ = self.forward(np.zeros((1, recipe.patch, recipe.patch, 3), np.float32))
         self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen)
-                             for name, shape in (("W", (y.size, len(LABELS))), ("b", (len(LABELS),)))})
+                             for name, shape in (("W", (y.size, K)), ("b", (K,)), ("E", (K, y.size)))})
         self.moments = [self.heads.zeros_like().flat for _ in range(2)]
 
-    def forward(self, images, keep=True):
-        ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]])
+    def forward(self, images, target=None, keep=True):
+        """Restored images, the watched ops, cache; target: shares of LABELS (B,15), None in use."""
+        def tell(k, y):
+            z = y.reshape(len(y), -1)
+            share = softmax(z @ self.heads[f"{k}.W"] + self.heads[f"{k}.b"], axis=1) if target is None else target
+            return (share @ self.heads[f"{k}.E"]).reshape(y.shape)
+        ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]], tell if self.loss == "truth" and self.heads else None)
         restored, cache = centered(images, self.state.p, self.config, ops, keep=keep)
         return restored, ops, cache
 
@@ -132,8 +142,9 @@ class Learner:
         """Step i, from 1, on images with their labels behind the colors, see `told` -> the loss beside the network's, in nats."""
         recipe, (p, g, m, v, rates, decay), added = self.recipe, self.state, 0
         degraded, target = labeled[..., :3], (2 * labeled[..., 3:] - 1).mean((1, 2))
+        target /= target.sum(1, keepdims=True)
         g.flat[:], dheads = 0, self.heads.zeros_like()
-        restored, ops, cache = self.forward(degraded)
+        restored, ops, cache = self.forward(degraded, target)
         _, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
         for k, y in enumerate(ops.seen if self.weight else ()):
             z = y.reshape(len(y), -1)
@@ -141,11 +152,13 @@ class Learner:
                 loss, c = agreement(z)
                 dz = agreement_backward(self.weight, c)
             else:
-                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target / target.sum(1, keepdims=True))
+                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target)
                 dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
             added += loss
             ops.wanted[k] = dz.reshape(y.shape).astype(np.float32)
         centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
+        for k in range(len(ops.seen)) if ops.tell else ():
+            dheads[f"{k}.E"] = target.T @ ops.came[k].reshape(len(target), -1)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
         cpu.adamw(p.flat, g.flat, m, v, i, rate * rates, decay)
@@ -156,13 +169,13 @@ class Learner:
 def trial(recipe, loss, weight, folder):
     """Train and test one network: its lines."""
     cpu.keep_memory()
-    learner, batch = Learner(recipe, loss, weight), ordinary if loss == "labels" else twins
+    learner, batch = Learner(recipe, loss, weight), twins if loss == "prior" else ordinary
     for i in range(1, recipe.steps + 1):
-        learner.step(i, *batch(recipe, i - 1 if loss == "labels" else i, told))
+        learner.step(i, *batch(recipe, i - 1, told))
     line = {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}*{weight:g}"}, "machine": machine()}
 
     def restorer(image, entry):
-        return learner.forward(image[None].astype(np.float32), keep=False)[0][0]
+        return learner.forward(image[None].astype(np.float32), None, False)[0][0]
     return [line | {"split": str(split), "psnr": tested(restorer, recipe.suite, split)}
             for split in (Split("validation", folder), Split("test", folder))]
 
@@ -187,19 +200,19 @@ def publish(lines):
             table[key][recipe.get("seed")] = matrix(line)
         else:
             chosen[key].append(mean(line["psnr"]))
-    print("PSNR in dB\nsuite  adapter, its rate, the loss's weight  seeds  validation   test  minus untaught        "
-          "minus none            share")
+    print("PSNR in dB\nsuite  adapter, its rate, the loss's weight    seeds  validation   test  minus untaught         "
+          "minus none             share")
     for key, values in table.items():
         suite_name, adapter, rate, loss = key
         sca = ":sca=false" * adapter.endswith(":sca=false")
         none, told = (table.get((suite_name, base + sca, 0.1, ""), {}) for base in ("none", "told"))
         if not loss or not none:
             continue
-        untaught = table.get((suite_name, adapter, rate, "" if loss.startswith("labels") else "prior*0"), {})
+        untaught = table.get((suite_name, adapter, rate, "prior*0" if loss.startswith("prior") else ""), {})
         first, second = (lead(values, other)[1] if other and other is not values else "" for other in (untaught, none))
         share = f"{lead(values, none)[0] / lead(told, none)[0]:5.0%}" if told else ""
         validation = f"{np.mean(chosen[key]):6.2f}" if key in chosen else ""
-        print(f"{suite_name:6s} {f'{adapter}@{rate:g}+{loss}':34s} {len(values):5d} {validation:>11s} "
+        print(f"{suite_name:6s} {f'{adapter}@{rate:g}+{loss}':36s} {len(values):5d} {validation:>11s} "
               f"{np.mean(list(values.values())):6.2f}  {first:21s} {second:21s} {share}")
 
 

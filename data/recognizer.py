@@ -2,25 +2,21 @@
 linear map to the suite's names; trained with the cross-entropy on the comparison's batches, and as it trains (see results.sh).
 
     python data/recognizer.py FOLDER        accuracy after so many steps, on a crop of each of FOLDER's first hundred images
-    python data/recognizer.py FOLDER told   the network that is told, and told by a classifier: PSNR on crops of the last hundred
 """
-import os
 import sys
 
 import numpy as np
-from scipy.special import softmax
 
 from tinycea.evaluation import test_set
 from tinycea.feed import batch, entries_of
-from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, tested, told
-from tinycea.nafnet import NAFNetConfig, _stage, _stage_backward, centered, init
+from tinycea.lab.comparison import LABELS, grid, told
+from tinycea.nafnet import NAFNetConfig, _stage, _stage_backward, init
 from tinycea.ops import cpu as ops
 from tinycea.optim import clip_by_norm, decay_mask, warmup_cosine
 from tinycea.params import Params, accumulate
-from tinycea.runtime import machine, pool
-from tinycea.training import Progress, start, train_together
+from tinycea.runtime import machine
 
-CONFIG, TOLD = NAFNetConfig(adapter=None), NAFNetConfig(adapter=None, told=len(LABELS))
+CONFIG = NAFNetConfig(adapter=None)
 
 
 def forward(images, p):
@@ -65,65 +61,23 @@ def learn(recipe, names):
         images, _ = batch(recipe, step, told)
         right = images[:, 0, 0, 3:][:, [LABELS.index(name) for name in names]] > 0.5
         logits, cache = forward(images[..., :3], p)
+        share = np.exp(logits - logits.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
         g.flat[:] = 0
-        backward((softmax(logits, axis=1) - right).astype(np.float32) / len(right), cache, g)
+        backward((share - right).astype(np.float32) / len(right), cache, g)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine((step + 1) / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
         ops.adamw(p.flat, g.flat, m.flat, v.flat, step + 1, rate, decay)
     return p
 
 
-def taught(seed):
-    """The Recipe of the told network of a seed, its parameters, and those of a classifier that had the same patches."""
-    ops.keep_memory()
-    recipe = grid(["aio5"], ["told"], seed + 1, [4000], images="runs/photographs")[-1]
-    progress = Progress([start(recipe)], [[]])
-    for _ in train_together([recipe], (batch(recipe, step, told) for step in range(recipe.steps)), progress):
-        pass
-    return recipe, progress.states[0].p, learn(recipe, entries_of(recipe))
-
-
-def named(image, p, names):
-    """An image as `told` gives it, (H,W,3+15), its label replaced by what the classifier p says."""
-    image = image.copy()
-    image[..., 3:] = 0.5
-    share = softmax(forward(image[None, ..., :3].astype(np.float32), p)[0][0])
-    image[..., [3 + LABELS.index(name) for name in names]] = (1 + share) / 2
-    return image
-
-
-def accuracy(folder):
-    """Print how often a classifier is right after so many steps."""
+if __name__ == "__main__":
     for recipe in grid(["aio5"], ["none"], 2, (500, 1000, 2000, 4000), images="runs/photographs"):
         names = entries_of(recipe)
         p = learn(recipe, names)
-        tests = test_set(names, "validation", "crops", 1, images=folder)
+        tests = test_set(names, "validation", "crops", 1, images=sys.argv[1])
         found = [names[forward(degraded[None].astype(np.float32), p)[0].argmax()] for _, _, degraded, _ in tests]
         right = np.array([name == entry for name, (entry, *_) in zip(found, tests)]).reshape(-1, len(names))
         each = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, right.mean(0)))
         print(f"{recipe.steps:5d} steps, seed {recipe.seed}: right in {right.mean():.2f} ({each})", flush=True)
-
-
-def telling(folder, seeds=2):
-    """Print PSNR of the network that is told the truth, and told by a classifier; minus none's of the comparison, kept beside."""
-    none = {line["recipe"]["seed"]: line for line in finished("data/results/told") if line["recipe"].get("steps") == 4000
-            and (line["recipe"]["suite"], line["recipe"]["adapter"]) == ("aio5", "none")}
-    found = {"told": [], "told by a classifier": []}
-    with pool(os.cpu_count()) as executor:
-        for recipe, p, classifier in executor.map(taught, range(seeds)):
-            names = entries_of(recipe)
-            labels = {"told": lambda image: image, "told by a classifier": lambda image: named(image, classifier, names)}
-            for row, label in labels.items():
-                def restorer(image, entry, label=label):
-                    return centered(label(image)[None].astype(np.float32), p, TOLD, keep=False)[0][0]
-                line = {"psnr": tested(restorer, "aio5", Split("test", folder), told)}
-                found[row].append(matrix(line) - matrix(none[recipe.seed]))
-                print(f"seed {recipe.seed}  {row:21s} {mean(line['psnr']):.2f} dB", flush=True)
-    for row, ahead in found.items():
-        each = ", ".join(f"{name} {dB:+.2f}" for name, dB in zip(names, np.mean(ahead, (0, 1))))
-        print("{:21s} minus none {:+.2f} [{:+.2f}, {:+.2f}]".format(row, np.mean(ahead), *interval(np.mean(ahead, -1))), each)
-
-
-if __name__ == "__main__":
-    telling(sys.argv[1]) if sys.argv[2:] == ["told"] else accuracy(sys.argv[1])
     print(machine())

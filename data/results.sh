@@ -88,18 +88,16 @@ recipe, = comparison.grid(['aio5'], ['cea:sca=false'], 1, [4000], images=str(Pat
 print(comparison.model_path(recipe, Path('runs/told')))")
 python data/instruments.py "$1" "$model" > data/results/stains/instruments-aio5.txt
 
-# Do summaries help that are taught to know the degradation? And what would it be worth to know it as well as a classifier does?
-# runs.jsonl of runs/told must lie in data/results/told by now. (told/priors.txt is of an earlier form: data/priors.py of dc4bb2d.)
+# Do summaries help that are taught to know the degradation? (told/priors.txt is of an earlier form: data/priors.py of dc4bb2d.)
 cp runs/told/runs.jsonl data/results/told/
-longer --suites aio5 --adapters none none:sca=false cea:sca=false --seeds 5
-taught() { python data/priors.py "$folder" runs/photographs runs/taught "$@"; }
 folder=$1
+taught() { python data/priors.py "$folder" runs/photographs runs/taught "$@"; }
 taught "aio5:cea:sca=false@0.3+labels*0.3" "aio5:cea@0.1+labels*0.3" "aio5:descriptor@0.03+labels*0.3" --seeds 1
 taught "aio5:cea:sca=false@0.1+labels*"{0.1,1,3} "aio5:cea@0.03+labels*0.1" --seeds 1
-taught "aio5:cea@0.03+labels*0.3" "aio5:descriptor:sca=false@0.03+labels*0.3" "aio5:none@0.1+labels*0.3"
-taught "aio5:cea:sca=false@0.1+labels*0.3" --seeds 5 > data/results/told/taught.txt
+taught "aio5:"{cea@0.03,cea:sca=false@0.1,descriptor:sca=false@0.03,none@0.1}"+labels*0.3"
+taught "aio5:"{cea@0.03,descriptor@0.03,cea:sca=false@0.1,none@0.1,descriptor:sca=false@0.03}"+truth*0.3" \
+    > data/results/told/taught.txt
 cp runs/taught/runs.jsonl data/results/told/taught.jsonl
-python data/recognizer.py "$1" told > data/results/told/recognized.txt
 
 # The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
 curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }

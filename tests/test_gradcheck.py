@@ -363,17 +363,6 @@ def test_the_recognizer_s_gradient_is_right():
     gradcheck.assert_gradients(lambda w: program["forward"](images, p.over(w)), backward, {"w": p.flat})
 
 
-def test_an_image_is_told_what_the_classifier_says():
-    program, names = program_of("recognizer.py"), ("noise25", "rain", "haze")
-    p, image = program["fresh"](names, 0), np.random.default_rng(0).random((8, 8, 18))
-    p["names.bias"] = (0, 50, 0)
-    label = np.full(15, 0.5)
-    label[program["LABELS"].index("rain")] = 1
-    labeled = program["named"](image, p, names)
-    np.testing.assert_array_equal(labeled[..., :3], image[..., :3])
-    np.testing.assert_allclose(labeled[..., 3:], np.broadcast_to(label, (8, 8, 15)))
-
-
 def test_the_losses_on_summaries_have_right_gradients():
     program, rng = program_of("priors.py"), np.random.default_rng(0)
     z = rng.normal(size=(8, 6)) + 1
@@ -398,18 +387,18 @@ def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adap
         for i, made in enumerate(batches, 1):
             alone.step(i, *made)
         assert (alone.state.p.flat == progress.states[0].p.flat).all() == (weight == 0)
-        assert len(alone.heads) == 2 * (4 if adapter == "none" else 3)
+        assert len(alone.heads) == 3 * (4 if adapter == "none" else 3)
 
 
-def test_a_summary_s_extra_gradient_reaches_the_network():
+def test_what_a_summary_is_told_and_its_extra_gradient_reach_the_network():
     program, rng = program_of("priors.py"), np.random.default_rng(0)
     config = NAFNetConfig(width=8, adapter=CEAConfig(rank=2))
     p = nafnet.init(config, rng, np.float64)
     p.flat += rng.normal(0, 0.1, p.flat.shape)
-    images, extra = rng.random((2, 8, 8, 3)), rng.normal(size=(2, 2, 16))
+    images, extra, said = rng.random((2, 8, 8, 3)), rng.normal(size=(2, 2, 16)), rng.normal(size=(2, 2, 16))
 
-    def forward(w):
-        ops = program["Watched"]()
+    def forward(w, said):
+        ops = program["Watched"](tell=lambda k, Z: said if Z.shape == said.shape else 0 * Z)
         y, cache = nafnet.nafnet(images, p.over(w), config, ops)
         k = next(k for k, Z in enumerate(ops.seen) if Z.shape == extra.shape)
         return (y**2).sum() / 2 + (ops.seen[k] * extra).sum(), (y, cache, ops, k)
@@ -418,8 +407,22 @@ def test_a_summary_s_extra_gradient_reaches_the_network():
         y, cache, ops, k = cache
         ops.wanted[k], g = dloss * extra, p.zeros_like()
         nafnet.nafnet_backward(dloss * y, cache, g)
-        return (g.flat,)
-    gradcheck.assert_gradients(forward, backward, {"w": p.flat})
+        return g.flat, sum(ops.came[k] for k, Z in enumerate(ops.seen) if Z.shape == said.shape)
+    gradcheck.assert_gradients(forward, backward, {"w": p.flat, "said": said})
+
+
+def test_the_truth_is_told_in_training_and_the_own_naming_in_use():
+    program, (recipe,) = program_of("priors.py"), comparison.grid(["aio5"], ["cea"], 1, [100])
+    learner, (labeled, clean) = program["Learner"](recipe, "truth", 0.3), feed.batch(recipe, 0, comparison.told)
+    images, rain = labeled[..., :3], np.eye(15, dtype=np.float32)[[comparison.LABELS.index("rain")] * 8]
+    before = learner.forward(images)[0]
+    np.testing.assert_array_equal(learner.forward(images, rain)[0], before)           # it starts as CEA
+    for i in range(1, 4):
+        learner.step(i, labeled, clean)
+    assert all(learner.heads[f"{k}.E"].any() for k in range(3))
+    assert not np.array_equal(learner.forward(images, rain)[0], learner.forward(images)[0])
+    learner.heads["0.b"], learner.heads["1.b"], learner.heads["2.b"] = (99 * rain[0],) * 3
+    np.testing.assert_allclose(learner.forward(images, rain)[0], learner.forward(images)[0], rtol=1e-6)
 
 
 def test_image_without_caches_is_the_same_image():
