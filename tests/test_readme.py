@@ -157,8 +157,8 @@ def test_the_verdict_s_table_is_the_committed_ones():
             found = {name: longer(title.split(",")[0], name + sca + rate)[1].replace("+", "")
                      for name, rate in zip(names, ("", *rates[usual])) if rate is not None}
             if usual != title:
-                found |= {name: taught(TAUGHT[title + " without SCA" * bool(sca)], "truth*0.3")["none"]
-                          for name, title in (("cea", "CEA"), ("descriptor", "the descriptor"))}
+                found |= {name: taught(TAUGHT[who], "truth*0.3")["none"] for name, who in (
+                    ("cea", "CEA"), ("descriptor", "the descriptor"))} | {"mlp": ""}
             assert (told, cea, descriptor) == (found["told"].split()[0], found["cea"], found["descriptor"].split()[0]), title
             assert mlp == found.get("mlp", "").split(" ")[0], title
             assert abs(float(share[:-1]) - 100 * float(cea.split()[0]) / float(told)) < 2, title      # of unrounded gains
@@ -264,8 +264,14 @@ def test_summaries_that_are_taught():
         found = [taught(row, f"{loss}*0.3") for loss in ("labels", "truth")]
         cells = [f"{cell['test']} {cell['none']} ({cell['seeds']})" for cell in found]
         assert f"| {title} | {' | '.join(cells)} | {found[1]['share']}% |" in RESULTS
-    tried = [taught("cea:sca=false@0.1", f"labels*{weight}")["validation"] for weight in ("0.1", "1", "3")]
-    assert "Weights of 0.1, 1 and 3 gave {}, {} and {} dB".format(*tried) in page
+    tried = {line["recipe"]["adapter"]: comparison.mean(line["psnr"]) for line in map(json.loads, (
+        ROOT / "data/results/told/taught.jsonl").read_text("utf-8").splitlines()) if line["split"].startswith("validation")
+        and (line["recipe"]["seed"], line["recipe"]["adapter_lr"]) == (0, 0.1)}
+    tried = [f"{tried[f'cea:sca=false+labels*{weight}']:.2f}" for weight in ("0.1", "0.3", "1", "3")]
+    assert "Weights of 0.1, 0.3, 1 and 3 gave {}, {}, {} and {} dB".format(*tried) in page and max(tried) == tried[1]
+    raised = taught(TAUGHT["CEA"], "truth*0.3"), taught(TAUGHT["CEA without SCA"], "truth*0.3")
+    assert ("Truth raises CEA by {} dB, from -6 to {} % of the ceiling; without SCA from 18 to {} %.".format(
+        raised[0]["untaught"], *(row["share"] for row in raised)) in page)
     rows = re.findall(r"seed \d  (\S+(?:, \w+)?) +(\d\d\.\d\d) dB", (ROOT / "data/results/told/priors.txt").read_text("utf-8"))
     dB = {name: [value for other, value in rows if other == name] for name, _ in rows}
     assert "{} and {} dB, untaught {} and {}".format(*dB["cea, prior"], *dB["cea"]) in page and len(rows) == 6
