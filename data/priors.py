@@ -2,10 +2,9 @@
 
     python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000]
 
-FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, the
-loss's weight in dB, as in aio5:cea@0.03+labels*0.3.
-OUT: the folder of runs.jsonl; two lines are a trained network on validation and test photographs, as of `tinycea compare`. It is
-not trained again.
+FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, the loss's weight in dB, as in
+aio5:cea@0.03+labels*0.3. OUT: the folder of runs.jsonl; two lines are a trained network on validation and test photographs, as
+of `tinycea compare`. It is not trained again.
 
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
 truth: labels, and the name is added to the summary as a learned vector, in training the true one, in use as the map names it: so
@@ -37,7 +36,7 @@ from tinycea.nafnet import centered, centered_backward
 from tinycea.ops import cpu
 from tinycea.optim import clip_by_norm, warmup_cosine
 from tinycea.params import Params
-from tinycea.runtime import locked, machine, pool
+from tinycea.runtime import locked, machine, pool, read_bytes
 from tinycea.scenes import crop
 from tinycea.training import start
 from tinycea.zoo import network
@@ -139,8 +138,8 @@ class Learner:
         return restored, ops, cache
 
     def step(self, i, labeled, clean):
-        """Step i, from 1, on images with their labels behind the colors, see `told` -> the loss beside the network's, in nats."""
-        recipe, (p, g, m, v, rates, decay), added = self.recipe, self.state, 0
+        """Step i, from 1, on images with their labels behind the colors, see `told`."""
+        recipe, (p, g, m, v, rates, decay) = self.recipe, self.state
         degraded, target = labeled[..., :3], (2 * labeled[..., 3:] - 1).mean((1, 2))
         target /= target.sum(1, keepdims=True)
         g.flat[:], dheads = 0, self.heads.zeros_like()
@@ -149,12 +148,11 @@ class Learner:
         for k, y in enumerate(ops.seen if self.weight else ()):
             z = y.reshape(len(y), -1)
             if self.loss == "prior":
-                loss, c = agreement(z)
+                _, c = agreement(z)
                 dz = agreement_backward(self.weight, c)
             else:
-                loss, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target)
+                _, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target)
                 dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
-            added += loss
             ops.wanted[k] = dz.reshape(y.shape).astype(np.float32)
         centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
         for k in range(len(ops.seen)) if ops.tell else ():
@@ -163,7 +161,6 @@ class Learner:
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
         cpu.adamw(p.flat, g.flat, m, v, i, rate * rates, decay)
         cpu.adamw(self.heads.flat, dheads.flat, *self.moments, i, rate, np.zeros_like(dheads.flat))
-        return added
 
 
 def trial(recipe, loss, weight, folder):
@@ -226,19 +223,19 @@ if __name__ == "__main__":
     a, todo = parser.parse_args(), {}
     for seed in range(a.seeds):
         for row in a.rows:
-            suite_name, adapter, rate, loss = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(.+)", row).groups()
-            kind, weight = loss.split("*")
+            suite_name, adapter, rate, loss, weight = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(\w+)\*([\d.]+)", row).groups()
+            label, weight = f"{adapter}+{loss}*{float(weight):g}", float(weight)
             *_, recipe = grid([suite_name], [adapter], seed + 1, [a.steps], [float(rate)], a.photographs)
-            todo[json.dumps(asdict(recipe) | {"adapter": f"{adapter}+{loss}"})] = recipe, kind, float(weight), a.folder
-    with locked(a.out), pool(os.cpu_count()) as executor:
-        done = {json.dumps(line["recipe"]) for line in finished(a.out)}
+            todo[json.dumps(asdict(recipe) | {"adapter": label})] = recipe, loss, weight, a.folder
+    with locked(a.out), open(Path(a.out) / "runs.jsonl", "a+b") as file, pool(os.cpu_count()) as executor:
+        file.truncate(read_bytes(file.name).rfind(b"\n") + 1)                   # half a line goes
+        done = {json.dumps(line["recipe"]) for line in finished(a.out) if line["split"].startswith("test")}     # the last one
         running = [executor.submit(trial, *work) for key, work in todo.items() if key not in done]
-        with open(Path(a.out) / "runs.jsonl", "a") as file:
-            for future in (bar := tqdm(as_completed(running), "training", len(running), unit="network", disable=None)):
-                lines = future.result()
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-                bar.set_postfix_str(f"{lines[0]['recipe']['adapter']} {mean(lines[0]['psnr']):.2f} dB")
+        for future in (bar := tqdm(as_completed(running), "training", len(running), unit="network", disable=None)):
+            lines = future.result()
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.flush()
+            bar.set_postfix_str(f"{lines[0]['recipe']['adapter']} {mean(lines[0]['psnr']):.2f} dB")
     publish([line for folder in ("data/results/told", a.out) for line in finished(folder)
              if line["recipe"].get("steps") == a.steps])
     print(f"{a.steps} steps; {machine()}")

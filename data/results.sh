@@ -113,4 +113,3 @@ for folder, result in (("rates", "rates/table"), ("rates-longer", "rates/longer"
     lines = [line for line in finished(f"runs/{folder}") if result != "told/longer" or line["recipe"].get("steps") != 1000]
     Path(f"data/results/{result}.txt").write_text(f"{format_rows(rows(lines))}\n{machine()}\n")
 END
-cp runs/told/runs.jsonl data/results/told/

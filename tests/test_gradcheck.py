@@ -388,6 +388,9 @@ def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adap
             alone.step(i, *made)
         assert (alone.state.p.flat == progress.states[0].p.flat).all() == (weight == 0)
         assert len(alone.heads) == 3 * (4 if adapter == "none" else 3)
+        page = " ".join((Path(__file__).parents[1] / "data/README.md").read_text("utf-8").split())
+        whose = {"cea": "more parameters for CEA", "none": "for SCA"}.get(adapter, "for the descriptor")
+        assert f"{alone.heads.flat.size:,} {whose}" in page
 
 
 def test_what_a_summary_is_told_and_its_extra_gradient_reach_the_network():
