@@ -1,14 +1,13 @@
 """The comparison: a run in it is `tinycea train`'s, nothing is trained twice, Ctrl-C loses nothing, statistics are right."""
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tinycea import cli, training
 from tinycea.degradations import DEGRADATIONS, apply, patchwork, stains
 from tinycea.lab import comparison as compare
 from tinycea.nafnet import NAFNetConfig, shapes
-from tinycea.runtime import InputError, locked
+from tinycea.runtime import InputError, locked, pool
 from tinycea.scenes import dead_leaves
 from tinycea.zoo import ADAPTERS, load_model, network
 
@@ -164,10 +163,13 @@ def test_a_folder_is_one_process_s(tmp_path):
     assert [path.name for path in tmp_path.glob("full/*")] == ["runs.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_has_died_is_one_sentence():
-    broken = MagicMock(**{"submit.side_effect": BrokenProcessPool})
-    with pytest.raises(InputError, match="has died"):
-        list(compare.work(broken, deque([(print,)]), 1, lambda: False))
+    with pytest.raises(InputError, match="has died"), pool(1) as executor:
+        list(compare.work(executor, deque([(os._exit, 1)]), 1, lambda: False))
+    with pytest.raises(InputError, match="has died"), pool(1) as executor:
+        executor.submit(os._exit, 1).exception()
+        list(compare.work(executor, deque([(print,)]), 1, lambda: False))      # where it is the next task that meets it
 
 
 # ---- the ceiling -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -58,16 +57,21 @@ def whole(quick, tmp_path_factory):
     return folder
 
 
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C arrives while step number `step` (from 1) of this session is computed."""
-    steps, whole = [], job.gradient
+def amid(monkeypatch, step, happens):
+    """Something happens at the beginning of step number `step` (from 1) of this session."""
+    steps, whole = [], job.advance
 
-    def gradient(*arguments):
+    def advance(*arguments):
         steps.append(0)
         if len(steps) == step:
-            signal.raise_signal(signal.SIGINT)
+            happens()
         return whole(*arguments)
-    monkeypatch.setattr(job, "gradient", gradient)
+    monkeypatch.setattr(job, "advance", advance)
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C arrives."""
+    amid(monkeypatch, step, lambda: signal.raise_signal(signal.SIGINT))
 
 
 def log(folder):
@@ -118,15 +122,8 @@ def test_interrupted_before_the_first_step_promises_nothing_and_leaves_nothing(t
 @pytest.mark.slow
 def test_resume_after_a_crash_starts_at_the_last_state(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "SAVE_SECONDS", 0)
-    steps, right = [], job.gradient
-
-    def gradient(*arguments):
-        steps.append(0)
-        if len(steps) > 3 * TINY.chunks:
-            raise RuntimeError("crash")
-        return right(*arguments)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-        patch.setattr(job, "gradient", gradient)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        amid(patch, 4, lambda: 1 / 0)
         train(TINY, tmp_path / "cut")
     assert len(log(tmp_path / "cut")) == 3
     train(TINY, tmp_path / "cut", resume=True)
@@ -181,13 +178,20 @@ def test_workers_report_what_they_cannot_read_and_their_own_death(tmp_path):
     with pytest.raises(InputError, match="no readable image"):
         train(replace(TINY, images=str(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with feed.feed(TINY) as batches, pytest.raises(InputError, match="has died"):
+    with pytest.raises(InputError, match="has died"), feed.feed(TINY) as batches:
         multiprocessing.active_children()[0].kill()
         next(batches)
     assert not multiprocessing.active_children()
-    broken = MagicMock(**{"submit.side_effect": [MagicMock(), MagicMock(), BrokenProcessPool]})
-    with pytest.raises(InputError, match="has died"):         # and where it is the next question that meets it
-        list(feed._ahead(broken, TINY, range(TINY.steps), 2))
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_die_is_saved_and_goes_on(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="has died"):
+        amid(patch, 4, lambda: [process.kill() for process in multiprocessing.active_children()])
+        train(TINY, tmp_path / "cut", threads=2)
+    assert len(log(tmp_path / "cut")) == 3 and not multiprocessing.active_children()
+    train(TINY, tmp_path / "cut", resume=True)
+    assert same_model(tmp_path / "cut", whole)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def parser():
     sub.add_argument("--images", type=folder, metavar="DIR", help="a folder of photographs to train on instead of scikit-image's")
     sub.add_argument("--pairs", type=folder, nargs=2, metavar=("DEGRADED", "CLEAN"), help="folders of degraded and clean images, "
                      "matched as by evaluate, to train on instead of a suite, or half and half with --suite; a tenth is held out")
-    sub.add_argument("--threads", type=count, metavar="N", help="chunks of a batch computed at a time (default: cores)")
+    sub.add_argument("--threads", type=count, metavar="N", help="processes, each with a chunk of the batch (default: cores)")
     sub.add_argument("--out", type=path, metavar="DIR", help="the run folder (default runs/SUITE-ADAPTER-seedN)")
     sub.add_argument("--resume", action="store_true", help="go on with the interrupted run in the run folder")
 

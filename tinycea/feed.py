@@ -1,7 +1,6 @@
 """The data of a run: degraded and clean patches, made ahead of the training step in processes of their own."""
 import sys
 from collections import deque
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, lru_cache
 
@@ -97,11 +96,8 @@ def feed(recipe, first=0, workers=1):
 
 def _ahead(executor, recipe, steps, count):
     """The batches in their order, so many asked for ahead."""
-    try:
-        asked = deque(executor.submit(batch, recipe, step) for step in steps[:count])
-        for step in steps:
-            yield asked.popleft().result()
-            if step + count < steps.stop:
-                asked.append(executor.submit(batch, recipe, step + count))
-    except BrokenProcessPool:                 # met by the result, or by the next question
-        raise InputError("the process that makes the training patches has died, perhaps for want of memory") from None
+    asked = deque(executor.submit(batch, recipe, step) for step in steps[:count])
+    for step in steps:
+        yield asked.popleft().result()
+        if step + count < steps.stop:
+            asked.append(executor.submit(batch, recipe, step + count))

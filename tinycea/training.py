@@ -6,6 +6,7 @@ One step followed through the flat buffer, and the loop in ten lines: notebooks/
 import csv
 import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import starmap
@@ -206,8 +207,8 @@ def train(out: str | Path | None = None, *, resume: bool = False, workers: int =
     """Train a model and leave the run folder `out` (None: runs/SUITE-ADAPTER-seedN) -> the dict of its result.json.
 
     options: fields of Recipe, as in train(suite="aio5", steps=300).
-    workers: processes that make the batches. threads: how many compute a chunk of a batch each; None: one for each core. Under
-    mpiexec the ranks do instead. These numbers change nothing but the time.
+    workers: processes that make the batches. threads: how many processes compute a chunk of a batch each; None: one for each
+    core. Under mpiexec the ranks do instead. These numbers change nothing but the time.
     Ctrl-C finishes the step under way, saves and raises KeyboardInterrupt; `resume=True` goes on from there.
     Raises InputError for an unknown suite, adapter or backend, a folder that holds another run, and a loss that is not finite.
     """
@@ -233,7 +234,8 @@ def learn(recipe, progress, out, workers, threads):
     ops, log, saved = backend(recipe.backend), progress.logs[0], None
     tests = [*test_set(entries_of(recipe), "validation", "crops", 1), *test_pairs(recipe.pairs, CROP)]
     held_out = [ops.to_device(np.stack(images)) for images in list(zip(*tests))[2:]]
-    with (feed(recipe, len(log), workers) as batches, interruptible() as interrupted, shared(threads) as share,
+    hands = min(threads, recipe.chunks) if recipe.backend == "cpu" else 1
+    with (feed(recipe, len(log), workers) as batches, interruptible() as interrupted, shared(hands, keep_memory) as share,
           tqdm(total=recipe.steps, initial=len(log), desc="training", unit="step", disable=None) as bar):
         try:
             for step in train_together([recipe], batches, progress, held_out, share):
@@ -246,7 +248,7 @@ def learn(recipe, progress, out, workers, threads):
                     saved = time.perf_counter()
                 if interrupted() and step < recipe.steps:
                     raise KeyboardInterrupt
-        except InputError:
+        except (InputError, BrokenProcessPool):
             if log:
                 save_run(out, recipe, progress)
             raise

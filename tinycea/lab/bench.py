@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from importlib.metadata import version
@@ -20,10 +20,9 @@ from tqdm import tqdm
 from .. import cea, nafnet, restoration
 from ..nafnet import NAFNetConfig, block_shapes, centered, init, nafblock, nafblock_backward
 from ..ops import backend, cpu, reference
-from ..optim import clip_by_norm
 from ..params import Params, under
 from ..runtime import InputError, machine, peak_memory, pool, shared
-from ..training import gradient
+from ..training import advance, recipe_for, start
 
 JOBS = ([(f"CEA {passes}", size) for passes in ("forward", "forward+backward")
          for size in ((4096, 48, 8), (16384, 24, 8), (65536, 32, 16))]          # (N,C,R)
@@ -71,31 +70,34 @@ def forward(x, p, config, room, threads=1):
 
 
 def ours(kind, size, room=cpu, n=1):
-    """The job in tinycea on a backend and n threads; it returns the arrays to compare. A batch is n chunks, as in `train`."""
+    """The job in tinycea on a backend and n cores; it returns the arrays to compare.
+
+    A batch is n chunks: of a training step on processes, as in `train`; of a NAFBlock on threads, as its outputs are large.
+    """
     cpu.keep_memory()
     config, p, *images = job_data(kind, size)
-    p, images = p.over(room.to_device(p.flat)), list(map(room.to_device, images))
-    m, v = np.zeros_like(p.flat), np.zeros_like(p.flat)
-    chunks = list(zip(*(np.array_split(a, min(n, len(a))) for a in images)))
+    images = list(map(room.to_device, images))
+    if kind == "training step":
+        recipe = recipe_for(batch=size[0], patch=size[1], chunks=n, nominal=True, floor=1e-8,
+                            backend="cpu" if room is cpu else "cuda")
+        state, share = start(recipe), HANDS.enter_context(shared(n, cpu.keep_memory))
+        state.p.flat[:] = room.to_device(p.flat)
+        return lambda: (np.asarray(advance(state, *images, 1, recipe, share)[1]), state.g.flat)
+    p = p.over(room.to_device(p.flat))
+    if kind in FORWARD:
+        return lambda: forward(images[0], p, config, room, n)[:1]
+    chunks = [np.array_split(a, min(n, len(a))) for a in images]
+    each = HANDS.enter_context(ThreadPoolExecutor(n)).map if len(chunks[0]) > 1 else map
 
     def part(x, target):
         g = p.zeros_like()
-        if kind == "training step":
-            return [gradient(x, target, p, config, room, g)], g.flat
         y, cache = forward(x, p, config, room)
         return y, (cea.cea_backward if config else nafblock_backward)(target, cache, g), g.flat
 
     def both():
-        *outputs, g = zip(*HERE["share"](part, chunks))
+        *outputs, g = zip(*each(part, *chunks))
         return *(np.concatenate(o) if len(o) > 1 else o[0] for o in outputs), sum(g)
-
-    def step():
-        losses, g = both()
-        g /= len(chunks)
-        clip_by_norm(g, CLIP)
-        room.adamw(p.flat, g, m, v, 1, LR, DECAY)
-        return np.mean(losses), g
-    return (lambda: forward(images[0], p, config, room, n)[:1]) if kind in FORWARD else step if kind == "training step" else both
+    return both
 
 
 def jaxed(kind, size, threads=1):
@@ -182,22 +184,22 @@ def theirs(kind, size, layout, threads, device="cpu"):
 
 # ---- processes --------------------------------------------------------------------------------------------------------
 
-HERE = {"share": lambda function, jobs: [function(*job) for job in jobs]}       # of a side's own process, and the job it prepared
+HERE, HANDS = {}, ExitStack()                 # of a side's own process: the job that it prepared, and who computes it
 
 
 def serve(task, job, side, threads=1, device="cpu"):
     """Do as a side's process is asked: prepare a job, then time it, or tell its memory in MB."""
     room = backend(device) if side == "tinycea" else None
     gpu = device != "cpu" and (room or importlib.import_module("torch").cuda)
-    with shared(threads) as HERE["share"]:
-        if task == "prepare":
-            HERE["run"], answers = (ours(*job, room, threads), lambda arrays: [*map(room.to_host, arrays)]) if room else \
-                jaxed(*job, threads) if side == "JAX" else theirs(*job, side, threads, device)
-            return answers(HERE["run"]())
-        if task == "time":
-            return seconds_of(HERE["run"], (room.cp.cuda.get_current_stream() if room else gpu).synchronize if gpu else int)
-        pool = room.cp.get_default_memory_pool() if gpu and room else None
-        return (pool.total_bytes() if pool else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
+    if task == "prepare":
+        HANDS.close()
+        HERE["run"], answers = (ours(*job, room, threads), lambda arrays: [*map(room.to_host, arrays)]) if room else \
+            jaxed(*job, threads) if side == "JAX" else theirs(*job, side, threads, device)
+        return answers(HERE["run"]())
+    if task == "time":
+        return seconds_of(HERE["run"], (room.cp.cuda.get_current_stream() if room else gpu).synchronize if gpu else int)
+    pool = room.cp.get_default_memory_pool() if gpu and room else None
+    return (pool.total_bytes() if pool else gpu.max_memory_reserved()) / 2**20 if gpu else peak_memory()
 
 
 def seconds_of(run, wait):

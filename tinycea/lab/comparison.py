@@ -11,7 +11,6 @@ import re
 import time
 from collections import defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
@@ -141,15 +140,12 @@ def work(executor, tasks, jobs, interrupted):
     When `interrupted` says so, nothing new is begun, and only the slices of trainings are waited for: the rest can be done again.
     """
     running = {}
-    try:
-        while tasks and not interrupted() or any(task[0] is train_slice or not interrupted() for task in running.values()):
-            while tasks and len(running) < jobs and not interrupted():
-                task = tasks.popleft()
-                running[executor.submit(*task)] = task
-            for future in wait(running, 0.5, FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:                 # met by a result, or by the next task
-        raise InputError("a process of the comparison has died, perhaps for want of memory") from None
+    while tasks and not interrupted() or any(task[0] is train_slice or not interrupted() for task in running.values()):
+        while tasks and len(running) < jobs and not interrupted():
+            task = tasks.popleft()
+            running[executor.submit(*task)] = task
+        for future in wait(running, 0.5, FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
 
 
 class Split(NamedTuple):
