@@ -14,8 +14,9 @@ cp runs/stains/runs.jsonl data/results/stains/
 python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
 
-# Three times the steps: one seed, fewer rows.
+# Three times the steps, fewer rows.
 python -c "
 from tinycea.lab import stains
-stains.OPTIONS = {'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.OPTIONS[':sca=false']}
-stains.main()" runs/photographs "$1" --steps 12000 --seeds 1 --out runs/stains-longer > data/results/stains/longer.txt
+stains.OPTIONS = {'': ('none', 'cea'), ':sca=false': ('none', 'descriptor:norm=image,sca=false', 'cea')}
+stains.main()" runs/photographs "$1" --steps 12000 --out runs/stains-longer > data/results/stains/longer.txt
+cp runs/stains-longer/runs.jsonl data/results/stains/longer.jsonl

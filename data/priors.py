@@ -1,6 +1,6 @@
 """Does a layer gain if, in training, its summary of the image is taught to know the degradation? A loss beside the network's.
 
-    python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000]
+    python data/priors.py FOLDER PHOTOGRAPHS OUT SUITE:ROW ... [--seeds 3] [--steps 4000] [--default]
 
 FOLDER: of the 200 images of BSDS500. PHOTOGRAPHS: to learn from. ROW: adapter, its rate, loss, the loss's weight in dB, as in
 aio5:cea@0.03+labels*0.3. OUT: the folder of runs.jsonl; two lines are a trained network on validation and test photographs, as
@@ -8,9 +8,11 @@ of `tinycea compare`. It is not trained again.
 
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
 truth: labels, and the name is added to the summary as a learned vector, in training the true one, in use as the map names it: so
-the network learns to restore as one that knows, from the first step.
+the network learns to restore as one that knows, from the first step. truth-mean: the map reads, and the vector is added to, the
+mean of a summary's rows: CEA's Z has R of them, so its map is R times smaller.
 prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
 (InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; prior*0 is a network untaught by them.
+--default: in the recipe of `tinycea train`, whose patches are mild or clean, too; "clean" is a name then, and so tested.
 The losses are taken of every layer that has a summary and added up: CEA's Z, the descriptor's e, and in a network without a
 layer the means that SCA is written by.
 """
@@ -28,21 +30,38 @@ import numpy as np
 from scipy.special import softmax, xlogy
 from tqdm import tqdm
 
-from tinycea.degradations import suite
+from tinycea.degradations import apply, suite
+from tinycea.evaluation import test_set
 from tinycea.feed import BATCHES, leaves, photos
 from tinycea.feed import batch as ordinary
-from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, tested, told
+from tinycea.lab.comparison import LABELS, Split, finished, grid, interval, matrix, mean, scores
 from tinycea.nafnet import centered, centered_backward
 from tinycea.ops import cpu
 from tinycea.optim import clip_by_norm, warmup_cosine
 from tinycea.params import Params
 from tinycea.runtime import locked, machine, pool, read_bytes
 from tinycea.scenes import crop
-from tinycea.training import start
+from tinycea.training import CARE, recipe_for, start
 from tinycea.zoo import network
 
 
-def twins(recipe, step, degrade=told):
+def named(recipe, step, make=ordinary):
+    """Degraded patches of a step, which of `names` were done to each, as shares (B,.), and clean patches."""
+    entries = []
+
+    def noted(scene, entry, rng, strength=1.0):
+        entries.append([names(recipe).index(part) for part in entry.split("+")])
+        return apply(scene, entry, rng, strength)
+    degraded, clean = make(recipe, step, noted)
+    return degraded, np.array([np.eye(len(names(recipe)), dtype=np.float32)[entry].mean(0) for entry in entries]), clean
+
+
+def names(recipe):
+    """What a patch may be called."""
+    return LABELS if recipe.nominal else (*LABELS, "clean")
+
+
+def twins(recipe, step, degrade=apply):
     """Degraded and clean patches (8,P,P,.) of one step: rows 2j and 2j+1 have the same degradation, drawn alike."""
     rng, made, names = np.random.default_rng([recipe.seed, BATCHES, step]), [], suite(recipe.suite)
     for which in rng.permutation(len(names))[:recipe.batch // 2]:
@@ -121,42 +140,59 @@ class Learner:
 
     def __init__(self, recipe, loss, weight):
         self.recipe, self.config, self.state = recipe, network(recipe.adapter), start(recipe)
-        self.loss, self.weight, self.heads, K = loss, weight, {}, len(LABELS)
+        self.loss, self.weight, self.heads, K = loss, weight, {}, len(names(recipe))
         _, ops, _ = self.forward(np.zeros((1, recipe.patch, recipe.patch, 3), np.float32))
-        self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen)
-                             for name, shape in (("W", (y.size, K)), ("b", (K,)), ("E", (K, y.size)))})
+        self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen) for size in [self.of(y).size]
+                             for name, shape in (("W", (size, K)), ("b", (K,)), ("E", (K, size)))})
         self.moments = [self.heads.zeros_like().flat for _ in range(2)]
 
+    def of(self, y, mean=np.mean):
+        """What of a summary y (B,...,F) is named and told: all of it, (B,.), or the mean of its rows, (B,F)."""
+        return mean(y.reshape(len(y), -1, y.shape[-1]), 1) if self.loss.endswith("mean") else y.reshape(len(y), -1)
+
+    def spread(self, z, y):
+        """z, as `of` gives it, for every row of a summary like y."""
+        return z.reshape(len(y), *[1] * (y.ndim - 2), -1) if self.loss.endswith("mean") else z.reshape(y.shape)
+
     def forward(self, images, target=None, keep=True):
-        """Restored images, the watched ops, cache; target: shares of LABELS (B,15), None in use."""
+        """Restored images, the watched ops, cache; target: shares of `names`, None in use."""
         def tell(k, y):
-            z = y.reshape(len(y), -1)
+            z = self.of(y)
             share = softmax(z @ self.heads[f"{k}.W"] + self.heads[f"{k}.b"], axis=1) if target is None else target
-            return (share @ self.heads[f"{k}.E"]).reshape(y.shape)
-        ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]], tell if self.loss == "truth" and self.heads else None)
+            return self.spread(share @ self.heads[f"{k}.E"], y)
+        told = self.loss.startswith("truth") and self.heads
+        ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]], tell if told else None)
         restored, cache = centered(images, self.state.p, self.config, ops, keep=keep)
         return restored, ops, cache
 
-    def step(self, i, labeled, clean):
-        """Step i, from 1, on images with their labels behind the colors, see `told`."""
-        recipe, (p, g, m, v, rates, decay) = self.recipe, self.state
-        degraded, target = labeled[..., :3], (2 * labeled[..., 3:] - 1).mean((1, 2))
-        target /= target.sum(1, keepdims=True)
-        g.flat[:], dheads = 0, self.heads.zeros_like()
+    def gradient(self, degraded, target, clean):
+        """Loss in dB on what `named` gives, and its gradient by the maps; that by the network is left in state.g."""
+        recipe, g, dheads = self.recipe, self.state.g, self.heads.zeros_like()
+        g.flat[:] = 0
         restored, ops, cache = self.forward(degraded, target)
-        _, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
+        loss, c_loss = cpu.psnr_loss(restored, clean, recipe.floor)
         for k, y in enumerate(ops.seen if self.weight else ()):
-            z = y.reshape(len(y), -1)
+            z = self.of(y)
             if self.loss == "prior":
-                _, c = agreement(z)
+                more, c = agreement(z)
                 dz = agreement_backward(self.weight, c)
             else:
-                _, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target)
+                more, c = naming(z, self.heads[f"{k}.W"], self.heads[f"{k}.b"], target)
                 dz, dheads[f"{k}.W"], dheads[f"{k}.b"] = naming_backward(self.weight, c)
-            ops.wanted[k] = dz.reshape(y.shape).astype(np.float32)
-        centered_backward(cpu.psnr_loss_backward(1.0, c_loss)[0], cache, g)
+            loss += self.weight * more
+            ops.wanted[k] = (self.spread(dz, y) * (z.size / y.size)).astype(y.dtype)
+        dloss, _ = cpu.psnr_loss_backward(1.0, c_loss)
+        if not recipe.nominal:                # as `training.gradient`
+            dloss *= 1 + (CARE - 1) * (c_loss[1] > cpu.psnr_loss(degraded, clean, recipe.floor)[1][1])
+        centered_backward(dloss, cache, g)
         for k in range(len(ops.seen)) if ops.tell else ():
-            dheads[f"{k}.E"] = target.T @ ops.came[k].reshape(len(target), -1)
+            dheads[f"{k}.E"] = target.T @ self.of(ops.came[k], np.sum)
+        return loss, dheads
+
+    def step(self, i, *made):
+        """Step i, from 1, on what `named` gives."""
+        recipe, (p, g, m, v, rates, decay) = self.recipe, self.state
+        _, dheads = self.gradient(*made)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)
         cpu.adamw(p.flat, g.flat, m, v, i, rate * rates, decay)
@@ -166,15 +202,25 @@ class Learner:
 def trial(recipe, loss, weight, folder):
     """Train and test one network: its lines."""
     cpu.keep_memory()
-    learner, batch = Learner(recipe, loss, weight), twins if loss == "prior" else ordinary
+    learner, make = Learner(recipe, loss, weight), twins if loss == "prior" else ordinary
     for i in range(1, recipe.steps + 1):
-        learner.step(i, *batch(recipe, i - 1, told))
+        learner.step(i, *named(recipe, i - 1, make))
     line = {"recipe": asdict(recipe) | {"adapter": f"{recipe.adapter}+{loss}*{weight:g}"}, "machine": machine()}
 
     def restorer(image, entry):
         return learner.forward(image[None].astype(np.float32), None, False)[0][0]
-    return [line | {"split": str(split), "psnr": tested(restorer, recipe.suite, split)}
-            for split in (Split("validation", folder), Split("test", folder))]
+    return [line | {"split": str(split), "psnr": looked_at(restorer, recipe, split)} for split in splits(recipe, folder)]
+
+
+def splits(recipe, folder):
+    """What a network is tested on: crops of a hundred photographs each; in the default recipe the second is three whole ones."""
+    return Split("validation", folder), Split("test", folder if recipe.nominal else None)
+
+
+def looked_at(restorer, recipe, split):
+    """View -> entry -> photograph -> PSNR in dB."""
+    entries, view = suite(recipe.suite) + ("clean",) * (not recipe.nominal), "crops" if split.photos else "photographs"
+    return {view: scores(restorer, test_set(entries, split.name, view, 1 if split.photos else None, images=split.photos))}
 
 
 def lead(values, others):
@@ -213,6 +259,25 @@ def publish(lines):
               f"{np.mean(list(values.values())):6.2f}  {first:21s} {second:21s} {share}")
 
 
+def publish_default(lines, folder):
+    """Print, for the default recipe, gains over the degraded crops of the validation half, mean and worst, and what is kept."""
+    recipe = recipe_for()
+    degraded, _ = (looked_at(lambda image, entry: image, recipe, split) for split in splits(recipe, folder))
+    before, entries = matrix({"psnr": degraded})[:, :-1], suite(recipe.suite)
+    found = defaultdict(dict)
+    for line in lines:
+        recipe, split = line["recipe"], line["split"].split()[0]
+        found[recipe["adapter"], recipe["adapter_lr"]].setdefault(split, []).append(matrix(line))
+    print(f"PSNR in dB{'':22s}seeds  three photographs  crops   clean (worst)  gain (worst) in "
+          + "".join(f"{entry:16s}" for entry in entries))
+    for (adapter, rate), values in found.items():
+        crops, whole = (np.array(values[split]) for split in ("validation", "test"))
+        gain = crops[..., :-1] - before
+        print(f"{adapter:31s} {len(crops):5d}  {whole[..., :-1].mean():17.2f}  {crops[..., :-1].mean():5.2f}   "
+              f"{crops[..., -1].mean():5.2f} ({crops[..., -1].min():5.2f})                  "
+              + "".join(f"{gain[..., k].mean():+5.2f} ({gain[..., k].min():+6.2f})  " for k in range(len(entries))))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     for name in ("folder", "photographs", "out"):
@@ -220,12 +285,14 @@ if __name__ == "__main__":
     parser.add_argument("rows", nargs="+")
     for name, usual in (("--seeds", 3), ("--steps", 4000)):
         parser.add_argument(name, type=int, default=usual)
+    parser.add_argument("--default", action="store_true")
     a, todo = parser.parse_args(), {}
     for seed in range(a.seeds):
         for row in a.rows:
-            suite_name, adapter, rate, loss, weight = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+(\w+)\*([\d.]+)", row).groups()
+            suite_name, adapter, rate, loss, weight = re.fullmatch(r"(\w+):(.+)@([\d.]+)\+([\w-]+)\*([\d.]+)", row).groups()
             label, weight = f"{adapter}+{loss}*{float(weight):g}", float(weight)
-            *_, recipe = grid([suite_name], [adapter], seed + 1, [a.steps], [float(rate)], a.photographs)
+            *_, recipe = [recipe_for(adapter, suite=suite_name, seed=seed, steps=a.steps, adapter_lr=float(rate), chunks=1)] \
+                if a.default else grid([suite_name], [adapter], seed + 1, [a.steps], [float(rate)], a.photographs)
             todo[json.dumps(asdict(recipe) | {"adapter": label})] = recipe, loss, weight, a.folder
     with locked(a.out), open(Path(a.out) / "runs.jsonl", "a+b") as file, pool(os.cpu_count()) as executor:
         file.truncate(read_bytes(file.name).rfind(b"\n") + 1)                   # half a line goes
@@ -236,6 +303,9 @@ if __name__ == "__main__":
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             bar.set_postfix_str(f"{lines[0]['recipe']['adapter']} {mean(lines[0]['psnr']):.2f} dB")
-    publish([line for folder in ("data/results/told", a.out) for line in finished(folder)
-             if line["recipe"].get("steps") == a.steps])
+    if a.default:
+        publish_default(finished(a.out), a.folder)
+    else:
+        publish([line for folder in ("data/results/told", a.out) for line in finished(folder)
+                 if line["recipe"].get("steps") == a.steps])
     print(f"{a.steps} steps; {machine()}")

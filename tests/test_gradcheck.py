@@ -377,17 +377,23 @@ def test_the_losses_on_summaries_have_right_gradients():
 
 
 @pytest.mark.parametrize("adapter", ("cea", "descriptor:sca=false", "none"))
-def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adapter):
-    program, (recipe,) = program_of("priors.py"), comparison.grid(["aio5"], [adapter], 1, [100])
+@pytest.mark.parametrize("nominal", (True, False))
+def test_a_loss_on_summaries_without_weight_leaves_the_comparison_s_network(adapter, nominal):
+    program = program_of("priors.py")
+    recipe = training.recipe_for(adapter, batch=8, patch=16, chunks=1, scenes=2, nominal=nominal, warmup=1, lr=0.02)
     progress = training.Progress([training.start(recipe)], [[]])
-    batches = [feed.batch(recipe, step, comparison.told) for step in range(3)]
-    list(training.train_together([recipe], [(labeled[..., :3], clean) for labeled, clean in batches], progress))
+    batches = [program["named"](recipe, step) for step in range(3)]
+    assert all(map(np.array_equal, batches[2][::2], feed.batch(recipe, 2)))
+    assert {target.shape[1] for _, target, _ in batches} == {15 if nominal else 16}
+    list(training.train_together([recipe], [(degraded, clean) for degraded, _, clean in batches], progress))
     for weight in (0.3, 0):                                   # and with weight it does not
         alone = program["Learner"](recipe, "labels", weight)
         for i, made in enumerate(batches, 1):
             alone.step(i, *made)
         assert (alone.state.p.flat == progress.states[0].p.flat).all() == (weight == 0)
         assert len(alone.heads) == 3 * (4 if adapter == "none" else 3)
+        if not nominal:
+            continue
         page = " ".join((Path(__file__).parents[1] / "data/README.md").read_text("utf-8").split())
         whose = {"cea": "more parameters for CEA", "none": "for SCA"}.get(adapter, "for the descriptor")
         assert f"{alone.heads.flat.size:,} {whose}" in page
@@ -414,14 +420,40 @@ def test_what_a_summary_is_told_and_its_extra_gradient_reach_the_network():
     gradcheck.assert_gradients(forward, backward, {"w": p.flat, "said": said})
 
 
-def test_the_truth_is_told_in_training_and_the_own_naming_in_use():
+def test_shares_of_names_are_told():
+    program, (recipe,) = program_of("priors.py"), comparison.grid(["cdd11"], ["cea"], 1, [100])
+    labeled, clean = feed.batch(recipe, 0, comparison.told)
+    degraded, target, right = program["named"](recipe, 0)
+    said = (2 * labeled[..., 3:] - 1).mean((1, 2))
+    np.testing.assert_allclose(target, said / said.sum(1, keepdims=True), rtol=1e-6)
+    assert np.array_equal(degraded, labeled[..., :3]) and np.array_equal(clean, right) and (target == 0.5).any()
+
+
+@pytest.mark.parametrize("loss", ("labels", "truth", "truth-mean", "prior"))
+def test_a_taught_network_s_whole_gradient(loss):
+    program, recipe = program_of("priors.py"), training.recipe_for("cea", nominal=True)
+    rng, learner = np.random.default_rng(0), program["Learner"](recipe, loss, 0.3)
+    values = [p.over(rng.normal(0, 0.3, p.flat.size)) for p in (learner.state.p, learner.heads)]
+    images, clean = rng.random((2, 4, 16, 16, 3))
+    target = np.eye(15)[[0, 3, 3, 7]]
+
+    def forward(network, maps):
+        learner.heads = values[1].over(maps)
+        learner.state = learner.state._replace(p=values[0].over(network), g=values[0].zeros_like())
+        return learner.gradient(images, target, clean)
+    gradcheck.assert_gradients(forward, lambda dloss, dheads: (dloss * learner.state.g.flat, dloss * dheads.flat),
+                               {"network": values[0].flat, "maps": values[1].flat})
+
+
+@pytest.mark.parametrize("loss", ("truth", "truth-mean"))
+def test_the_truth_is_told_in_training_and_the_own_naming_in_use(loss):
     program, (recipe,) = program_of("priors.py"), comparison.grid(["aio5"], ["cea"], 1, [100])
-    learner, (labeled, clean) = program["Learner"](recipe, "truth", 0.3), feed.batch(recipe, 0, comparison.told)
-    images, rain = labeled[..., :3], np.eye(15, dtype=np.float32)[[comparison.LABELS.index("rain")] * 8]
+    learner, (images, target, clean) = program["Learner"](recipe, loss, 0.3), program["named"](recipe, 0)
+    rain = np.eye(15, dtype=np.float32)[[comparison.LABELS.index("rain")] * 8]
     before = learner.forward(images)[0]
     np.testing.assert_array_equal(learner.forward(images, rain)[0], before)           # it starts as CEA
     for i in range(1, 4):
-        learner.step(i, labeled, clean)
+        learner.step(i, images, target, clean)
     assert all(learner.heads[f"{k}.E"].any() for k in range(3))
     assert not np.array_equal(learner.forward(images, rain)[0], learner.forward(images)[0])
     learner.heads["0.b"], learner.heads["1.b"], learner.heads["2.b"] = (99 * rain[0],) * 3
