@@ -9,7 +9,8 @@ of `tinycea compare`. It is not trained again.
 labels: a linear map of the summary is to name the degradation (cross-entropy), on the batches of `tinycea compare`.
 truth: labels, and the name is added to the summary as a learned vector, in training the true one, in use as the map names it: so
 the network learns to restore as one that knows, from the first step. truth-mean: the map reads, and the vector is added to, the
-mean of a summary's rows: CEA's Z has R of them, so its map is R times smaller.
+mean of a summary's rows: CEA's Z has R of them, so its map is R times smaller. faded: truth at the first step, the own naming at
+the last, in between so much of each.
 prior: no labels; two patches under the same draw of a degradation are to agree in their summaries, others of the batch to differ
 (InfoNCE, van den Oord et al. 2018). Its batches are four degradations, two patches each; prior*0 is a network untaught by them.
 --default: in the recipe of `tinycea train`, whose patches are mild or clean, too; "clean" is a name then, and so tested.
@@ -46,19 +47,20 @@ from tinycea.zoo import network
 
 
 def named(recipe, step, make=ordinary):
-    """Degraded patches of a step, which of `names` were done to each, as shares (B,.), and clean patches."""
+    """Degraded patches of a step, which of `names` was done to each, as a row of the unit matrix (B,.), and clean patches."""
     entries = []
 
-    def noted(scene, entry, rng, strength=1.0):
-        entries.append([names(recipe).index(part) for part in entry.split("+")])
-        return apply(scene, entry, rng, strength)
+    def noted(scene, entry, *rest):
+        entries.append(names(recipe).index(entry))
+        return apply(scene, entry, *rest)
     degraded, clean = make(recipe, step, noted)
-    return degraded, np.array([np.eye(len(names(recipe)), dtype=np.float32)[entry].mean(0) for entry in entries]), clean
+    return degraded, np.eye(len(names(recipe)), dtype=np.float32)[entries], clean
 
 
 def names(recipe):
-    """What a patch may be called."""
-    return LABELS if recipe.nominal else (*LABELS, "clean")
+    """What a patch may be called: a composition has a name of its own."""
+    composed = [entry for entry in suite(recipe.suite) if "+" in entry]
+    return (*LABELS, *composed) if recipe.nominal else (*LABELS, *composed, "clean")
 
 
 def twins(recipe, step, degrade=apply):
@@ -116,11 +118,12 @@ class Watched(SimpleNamespace):
     """The CPU's ops; `seen` holds the summary of every layer, and their gradients get `wanted` added.
 
     op: what makes them; what it makes of an image, (B,H,W,C) with H W > 1, is none. tell: f(layer's number, summary) -> what is
-    added to it on its way; `came` holds the gradients of these.
+    added to it on its way; `came` holds the gradients of these, `said` is its to keep.
     """
 
     def __init__(self, op="summarize", tell=None):
-        super().__init__(**vars(cpu) | {op: self.look, f"{op}_backward": self.add}, op=op, tell=tell, seen=[], wanted={}, came={})
+        super().__init__(**vars(cpu) | {op: self.look, f"{op}_backward": self.add}, op=op, tell=tell,
+                         seen=[], said={}, wanted={}, came={})
 
     def look(self, *args):
         y, cache = getattr(cpu, self.op)(*args)
@@ -140,7 +143,7 @@ class Learner:
 
     def __init__(self, recipe, loss, weight):
         self.recipe, self.config, self.state = recipe, network(recipe.adapter), start(recipe)
-        self.loss, self.weight, self.heads, K = loss, weight, {}, len(names(recipe))
+        self.loss, self.weight, self.trust, self.heads, K = loss, weight, 1, {}, len(names(recipe))
         _, ops, _ = self.forward(np.zeros((1, recipe.patch, recipe.patch, 3), np.float32))
         self.heads = Params({f"{k}.{name}": shape for k, y in enumerate(ops.seen) for size in [self.of(y).size]
                              for name, shape in (("W", (size, K)), ("b", (K,)), ("E", (K, size)))})
@@ -157,10 +160,10 @@ class Learner:
     def forward(self, images, target=None, keep=True):
         """Restored images, the watched ops, cache; target: shares of `names`, None in use."""
         def tell(k, y):
-            z = self.of(y)
-            share = softmax(z @ self.heads[f"{k}.W"] + self.heads[f"{k}.b"], axis=1) if target is None else target
-            return self.spread(share @ self.heads[f"{k}.E"], y)
-        told = self.loss.startswith("truth") and self.heads
+            own = softmax(self.of(y) @ self.heads[f"{k}.W"] + self.heads[f"{k}.b"], axis=1)
+            ops.said[k] = own if target is None else self.trust * target + (1 - self.trust) * own
+            return self.spread(ops.said[k] @ self.heads[f"{k}.E"], y)
+        told = self.heads and self.loss.startswith(("truth", "faded"))
         ops = Watched(SUMMARY[self.recipe.adapter.partition(":")[0]], tell if told else None)
         restored, cache = centered(images, self.state.p, self.config, ops, keep=keep)
         return restored, ops, cache
@@ -186,12 +189,13 @@ class Learner:
             dloss *= 1 + (CARE - 1) * (c_loss[1] > cpu.psnr_loss(degraded, clean, recipe.floor)[1][1])
         centered_backward(dloss, cache, g)
         for k in range(len(ops.seen)) if ops.tell else ():
-            dheads[f"{k}.E"] = target.T @ self.of(ops.came[k], np.sum)
+            dheads[f"{k}.E"] = ops.said[k].T @ self.of(ops.came[k], np.sum)
         return loss, dheads
 
     def step(self, i, *made):
         """Step i, from 1, on what `named` gives."""
         recipe, (p, g, m, v, rates, decay) = self.recipe, self.state
+        self.trust = 1 - (i - 1) / (recipe.steps - 1) if self.loss.startswith("faded") else 1
         _, dheads = self.gradient(*made)
         clip_by_norm(g.flat, recipe.clip)
         rate = warmup_cosine(i / recipe.steps, recipe.warmup / recipe.steps, recipe.lr)

@@ -420,13 +420,15 @@ def test_what_a_summary_is_told_and_its_extra_gradient_reach_the_network():
     gradcheck.assert_gradients(forward, backward, {"w": p.flat, "said": said})
 
 
-def test_shares_of_names_are_told():
+def test_names_are_what_was_done():
     program, (recipe,) = program_of("priors.py"), comparison.grid(["cdd11"], ["cea"], 1, [100])
     labeled, clean = feed.batch(recipe, 0, comparison.told)
     degraded, target, right = program["named"](recipe, 0)
-    said = (2 * labeled[..., 3:] - 1).mean((1, 2))
-    np.testing.assert_allclose(target, said / said.sum(1, keepdims=True), rtol=1e-6)
-    assert np.array_equal(degraded, labeled[..., :3]) and np.array_equal(clean, right) and (target == 0.5).any()
+    assert np.array_equal(degraded, labeled[..., :3]) and np.array_equal(clean, right) and (target.sum(1) == 1).all()
+    found = [program["names"](recipe)[i] for i in target.argmax(1)]
+    said = (labeled[..., 3:] > 0.5).any((1, 2))               # of every part of a composition
+    assert [sorted(np.array(comparison.LABELS)[row]) for row in said] == [sorted(entry.split("+")) for entry in found]
+    assert any("+" in entry for entry in found)
 
 
 @pytest.mark.parametrize("loss", ("labels", "truth", "truth-mean", "prior"))
@@ -477,3 +479,13 @@ def test_anatomy_is_what_the_layer_added(config):
     added = np.einsum("bnr,brc->bnc", parts["S"], parts["U"]) / config.rank**0.5
     assert np.abs((y - inputs["x"]).reshape(added.shape) - added).max() < RTOL["same sum in another order"] * np.abs(added).max()
     assert (parts["P"] is None) == (config.static == "AU")
+
+
+@pytest.mark.parametrize("signed", (False, True))
+def test_self_attention_has_right_gradients(signed):
+    program, rng = program_of("attention.py"), np.random.default_rng(0)
+    config = program["AttentionConfig"](signed, 3)
+    p = {name: rng.normal(size=shape) for name, shape in program["shapes"](6, config).items()}
+    forward, backward, inputs = gradcheck.module(lambda x, p: program["attention"](x, p, config), program["attention_backward"],
+                                                 rng.normal(size=(2, 3, 4, 6)), p)
+    gradcheck.assert_gradients(forward, backward, inputs)
