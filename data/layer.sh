@@ -14,9 +14,15 @@ cp runs/stains/runs.jsonl data/results/stains/
 python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
 
-# Three times the steps, fewer rows.
-python -c "
+# Three times the steps, fewer rows: one seed with SCA, three without.
+longer() {                                    # OPTIONS of lab.stains, ARGUMENTS
+    python -c "
 from tinycea.lab import stains
-stains.OPTIONS = {'': ('none', 'cea'), ':sca=false': ('none', 'descriptor:norm=image,sca=false', 'cea')}
-stains.main()" runs/photographs "$1" --steps 12000 --out runs/stains-longer > data/results/stains/longer.txt
-cp runs/stains-longer/runs.jsonl data/results/stains/longer.jsonl
+stains.OPTIONS = $1
+stains.main()" runs/photographs "${@:2}" --steps 12000 --out runs/stains-longer
+}
+longer "{'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.OPTIONS[':sca=false']}" "$1" --seeds 1 \
+    > data/results/stains/longer.txt
+longer "{'': (), ':sca=false': ('none', 'descriptor:norm=image,sca=false', 'cea')}" "$1" \
+    > data/results/stains/longer-without-sca.txt
+cp runs/stains-longer/runs.jsonl data/results/stains/longer.jsonl       # all but those with SCA, which were not kept
