@@ -49,6 +49,8 @@ publish told table --suites aio5 cdd11 patchwork --adapters $adapters --seeds 3 
 longer() { tinycea compare --out runs/told --seeds 3 --steps 4000 $now "$@"; }
 longer --suites aio5 cdd11 patchwork --adapters none told mlp descriptor cea
 longer --suites aio5 --adapters cea descriptor --rates 0.03
+longer --suites aio5 --adapters none told --seeds 5
+longer --suites aio5 --adapters cea --rates 0.03 --seeds 5
 longer --suites aio5 --adapters wider static prompt experts-image experts-token
 longer --suites aio3 --adapters none told mlp
 longer --suites aio3 --adapters cea descriptor --rates 0.03
@@ -82,11 +84,14 @@ without() { tinycea compare --split validation --out runs/rates-without-sca --st
 without --adapters none:sca=false
 without --adapters cea:sca=false descriptor:sca=false --rates 0.03 0.1 0.3
 
-# What the instruments read of the layer without SCA, of seed 0 and the usual rate.
-model=$(python -c "from pathlib import Path; from tinycea.lab import comparison
-recipe, = comparison.grid(['aio5'], ['cea:sca=false'], 1, [4000], images=str(Path('runs/photographs').resolve()))
-print(comparison.model_path(recipe, Path('runs/told')))")
-python data/instruments.py "$1" "$model" > data/results/stains/instruments-aio5.txt
+# What the instruments read of the layer without SCA, of seed 0 and the usual rate; and beside SCA, of seed 3 and the best rate.
+instruments() {                                   # ADAPTER SEED RATE TEST
+    python data/instruments.py "$4" "$(python -c "from pathlib import Path; from tinycea.lab import comparison
+*_, recipe = comparison.grid(['aio5'], ['$1'], $2 + 1, [4000], [$3], str(Path('runs/photographs').resolve()))
+print(comparison.model_path(recipe, Path('runs/told')))")"
+}
+instruments cea:sca=false 0 0.1 "$1" > data/results/stains/instruments-aio5.txt
+instruments cea 3 0.03 "$1" > data/results/stains/instruments-aio5-sca.txt
 
 # Do summaries help that are taught to know the degradation? (told/priors.txt is of an earlier form: data/priors.py of dc4bb2d.)
 cp runs/told/runs.jsonl data/results/told/
