@@ -101,8 +101,16 @@ taught "aio5:cea:sca=false@0.3+labels*0.3" "aio5:cea@0.1+labels*0.3" "aio5:descr
 taught "aio5:cea:sca=false@0.1+labels*"{0.1,1,3} "aio5:cea@0.03+labels*0.1" --seeds 1
 taught "aio5:"{cea@0.03,cea:sca=false@0.1,descriptor:sca=false@0.03,none@0.1}"+labels*0.3"
 taught "aio5:descriptor:sca=false@0.03+truth*0.3" --seeds 2
-taught "aio5:"{cea@0.03,descriptor@0.03,cea:sca=false@0.1,none@0.1}"+truth*0.3" > data/results/told/taught.txt
+taught "aio5:"{cea@0.03,descriptor@0.03,cea:sca=false@0.1,none@0.1}"+truth*0.3"
+taught "aio5:"{cea@0.03,none@0.1}"+truth*0.3" --seeds 5
+taught "aio5:"{cea@0.03,cea:sca=false@0.1}"+truth-mean*0.3"
+taught "aio5:"{cea@0.03,none@0.1}"+faded*0.3"
+taught "cdd11:"{cea,none}"@0.1+faded*0.3" --seeds 1
+taught "cdd11:"{cea,none}"@0.1+truth*0.3" > data/results/told/taught.txt
 cp runs/taught/runs.jsonl data/results/told/taught.jsonl
+python data/priors.py "$1" runs/photographs runs/default "aio5:"{none,cea}"@0.1+"{"labels*0","truth*0.3"} \
+    "aio5:cea@0.1+labels*0.3" --seeds 2 --steps 2400 --default > data/results/told/default.txt
+cp runs/default/runs.jsonl data/results/told/default.jsonl
 
 # The length: what networks make of so many steps, and a classifier alone, which shows how soon the degradation can be recognized.
 curve() { tinycea compare --split validation --suites aio5 --seeds 1 --steps 500 1000 2000 4000 --out runs/curve $now "$@"; }
