@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the runs of data/train that README quotes: with CEA and without an adapter, two to three minutes each on two cores. With
+# Makes the runs of data/train that README quotes: with CEA and without an adapter, one to two minutes each on two cores. With
 # an argument, a folder of the 200 test images of BSDS500, also validation.txt: three seeds on sixteen of its first hundred.
 # validation-before.txt was made by the same lines, with the code of commit 0125695.
 set -euo pipefail

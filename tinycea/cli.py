@@ -41,7 +41,7 @@ def parser():
     sub.add_argument("--test", type=path, metavar="DIR", help="test on a folder's last hundred photographs by name instead")
     sub.add_argument("--long", action="store_true", help="sizes and rates tuned, five seeds, other tasks: tables alone, an hour")
 
-    sub = command(train, "train a model on a suite of degradations and leave a run folder (about two minutes by default)")
+    sub = command(train, "train a model on a suite of degradations and leave a run folder (one to two minutes by default)")
     sub.add_argument("--suite", help="aio3, aio5, cdd11, patchwork, stains, everyday, lens, or some joined by + (default aio5)")
     sub.add_argument("--adapter", help="none, wider (no adapter), cea (default), a rival: static, mlp, descriptor, prompt, "
                      "experts-image, experts-token, or an ablation: cea-softmax, cea-topk, cea-image, cea-static-A, "
