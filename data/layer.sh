@@ -10,17 +10,22 @@ tinycea compare --suites aio5 cdd11 patchwork --seeds 3 --test "$1" --images run
     --adapters none cea cea:norm=image,tokens=Xhat cea:norm=token,tokens=X cea:norm=token,tokens=Xhat \
     > data/results/layer/four.txt
 python -m tinycea.lab.stains runs/photographs "$1" > data/results/stains/test.txt
-cp runs/stains/runs.jsonl data/results/stains/
 python data/instruments.py "$1" runs/stains/models/stains-{cea,cea_sca_false,cea-softmax}-4000-seed0-*.safetensors \
     > data/results/stains/instruments.txt
 
-# Three times the steps, fewer rows: one seed with SCA, three without.
-longer() {                                    # OPTIONS of lab.stains, ARGUMENTS
+chosen() {                                    # STATEMENT about the rows of lab.stains, ARGUMENTS
     python -c "
 from tinycea.lab import stains
-stains.OPTIONS = $1
-stains.main()" runs/photographs "${@:2}" --steps 12000 --out runs/stains-longer
+stains.$1
+stains.main()" runs/photographs "${@:2}"
 }
+# Guided, the other rivals at their usual rates: one seed.
+chosen "OPTIONS = {'': (), ':told=15': ('none', 'wider', 'prompt', 'experts-image', 'experts-token', 'descriptor', 'cea')}
+stains.MODELS |= dict.fromkeys(('prompt', 'experts-image', 'experts-token'))" "$1" --seeds 1 > data/results/stains/guided.txt
+cp runs/stains/runs.jsonl data/results/stains/
+
+# Three times the steps, fewer rows: one seed with SCA, three without.
+longer() { chosen "OPTIONS = $1" "${@:2}" --steps 12000 --out runs/stains-longer; }
 longer "{'': ('none', 'cea-softmax', 'cea'), ':sca=false': stains.OPTIONS[':sca=false']}" "$1" --seeds 1 \
     > data/results/stains/longer.txt
 longer "{'': (), ':sca=false': ('none', 'descriptor:norm=image,sca=false', 'cea')}" "$1" \
