@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tinycea mechanism --test "$1" -o runs/mechanism.png > data/results/layer/mechanism.txt
 tinycea mechanism --long --test "$1" > data/results/layer/long.txt
+python data/attention.py "$1" > data/results/layer/attention.txt
 [ -d runs/photographs ] || python -m tinycea.lab.photographs runs/photographs
 tinycea compare --suites aio5 cdd11 patchwork --seeds 3 --test "$1" --images runs/photographs --out runs/told \
     --adapters none cea cea:norm=image,tokens=Xhat cea:norm=token,tokens=X cea:norm=token,tokens=Xhat \

@@ -197,6 +197,13 @@ def test_three_times_the_steps_are_the_committed_tables():
     assert said in " ".join(README.split())
 
 
+def test_self_attention_s_figures():
+    text, page = (ROOT / "data/results/layer/attention.txt").read_text("utf-8"), " ".join(RESULTS.split())
+    found = [dB for *_, dB in re.findall(r"^(regions|lamps) +(softmax|linear) .*: +(.*)$", text, re.M)]
+    assert all(said in page for said in found) and len(found) == 4
+    assert "{} and {}; at its best it is level".format(*found[1::2]) in page
+
+
 def test_told_is_no_ceiling_on_stains():
     lines = {(line["recipe"]["adapter"], line["recipe"]["seed"]): line["psnr"]["stains"] for line in map(json.loads, (
         ROOT / "data/results/stains/runs.jsonl").read_text("utf-8").splitlines())}
