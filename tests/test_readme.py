@@ -165,7 +165,8 @@ def test_the_verdict_s_table_is_the_committed_ones():
     assert len(rows) == 9
     gain = {line.split()[0]: float(re.findall(r" \+?(-?\d+\.\d\d) \[", line)[-1]) for line in blocks["apart"].splitlines()
             if " [" in line}
-    guided = {name: dB for name, dB in gain.items() if ":told" in name and "cea" not in name}
+    guided = {name: dB for name, dB in gain.items() if ":told" in name and "cea" not in name} | {
+        "prompt": float(guided_gains("guided-prompt")[0]["prompt:told=15"][2])}
     page = " ".join(README.split())
     assert f"CEA gains {gain['cea:told=15']} dB apart, a rival {max(guided.values())}." in page
     assert f"it gains {gain['cea:sca=false']:.1f} dB, a rival {gain['descriptor:norm=image,sca=false']:.1f};" in page
@@ -202,6 +203,25 @@ def test_self_attention_s_figures():
     found = [dB for *_, dB in re.findall(r"^(regions|lamps) +(softmax|linear) .*: +(.*)$", text, re.M)]
     assert all(said in page for said in found) and len(found) == 4
     assert "{} and {}; at its best it is level".format(*found[1::2]) in page
+
+
+def guided_gains(name):
+    """Apart and overlapping, row -> gains over none at one, two and four times the training size, as written."""
+    blocks = (ROOT / f"data/results/stains/{name}.txt").read_text("utf-8").split("\nstains-overlapping")
+    return [{line.split()[0]: re.findall(r" \+?(-?\d+\.\d\d) \[", line) for line in block.splitlines() if " [" in line}
+            for block in blocks]
+
+
+def test_the_rivals_that_are_guided():
+    page, tables = " ".join(RESULTS.split()), guided_gains("guided-prompt")
+    rival, cea = ([[float(dB) for dB in table[row][1:]] for table in tables] for row in ("prompt:told=15", "cea:told=15"))
+    assert "{:.2f} and {:.2f}, overlapping {:.2f} and {:.2f}; CEA is".format(*rival[0], *rival[1]) in page
+    ahead = [a - b for c, r in zip(cea, rival) for a, b in zip(c, r)]
+    assert "CEA is {:.2f} and {:.2f}, {:.2f} and {:.2f} ahead of it".format(*ahead) in page
+    apart, _ = guided_gains("guided")
+    behind = [float(apart["cea:told=15"][i]) - float(apart[row][i]) for i in (1, 2)
+              for row in ("wider:told=15", "experts-image:told=15", "experts-token:told=15")]
+    assert f"by {min(behind):.2f} to {max(behind):.2f} dB apart" in page
 
 
 def test_told_is_no_ceiling_on_stains():
