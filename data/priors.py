@@ -48,29 +48,28 @@ from tinycea.zoo import network
 
 def named(recipe, step, make=ordinary):
     """Degraded patches of a step, which of `names` was done to each, as a row of the unit matrix (B,.), and clean patches."""
-    entries = []
+    known, done = names(recipe), []
 
     def noted(scene, entry, *rest):
-        entries.append(names(recipe).index(entry))
+        done.append(known.index(entry))
         return apply(scene, entry, *rest)
     degraded, clean = make(recipe, step, noted)
-    return degraded, np.eye(len(names(recipe)), dtype=np.float32)[entries], clean
+    return degraded, np.eye(len(known), dtype=np.float32)[done], clean
 
 
 def names(recipe):
     """What a patch may be called: a composition has a name of its own."""
-    composed = [entry for entry in suite(recipe.suite) if "+" in entry]
-    return (*LABELS, *composed) if recipe.nominal else (*LABELS, *composed, "clean")
+    return (*LABELS, *(entry for entry in suite(recipe.suite) if "+" in entry), *["clean"] * (not recipe.nominal))
 
 
 def twins(recipe, step, degrade=apply):
     """Degraded and clean patches (8,P,P,.) of one step: rows 2j and 2j+1 have the same degradation, drawn alike."""
-    rng, made, names = np.random.default_rng([recipe.seed, BATCHES, step]), [], suite(recipe.suite)
-    for which in rng.permutation(len(names))[:recipe.batch // 2]:
+    rng, made, entries = np.random.default_rng([recipe.seed, BATCHES, step]), [], suite(recipe.suite)
+    for which in rng.permutation(len(entries))[:recipe.batch // 2]:
         draw = rng.integers(2**32)
         for levels in (leaves(recipe.seed, int(rng.integers(recipe.scenes)), recipe.patch), photos(recipe.images, recipe.patch)):
             scene = crop(levels[rng.integers(len(levels))], recipe.patch, rng)
-            made.append((degrade(scene, names[which], np.random.default_rng(draw)), scene.image))
+            made.append((degrade(scene, entries[which], np.random.default_rng(draw)), scene.image))
     return [np.stack(part) for part in zip(*made)]
 
 

@@ -70,7 +70,7 @@ def test_both_sides_compute_the_same(kind, size, layout):
         assert np.abs(b).max() > 0 and np.abs(a - b.reshape(np.shape(a))).max() <= bench.TOLERANCE * np.abs(b).max()
 
 
-def test_chunks_on_threads_and_jax_compute_the_same():
+def test_chunks_on_two_cores_and_jax_compute_the_same():
     """In a process of its own each, as JAX changes the modules of its process."""
     kinds = [("CEA forward+backward", (64, 12, 3)), ("NAFBlock forward+backward", (2, 5, 7, 6)), ("training step", (2, 12)),
              ("inference", (1, 12))]
