@@ -146,10 +146,10 @@ def varied(scene, rng):
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
     if rng.random() < 1 / 3:                   # overexposed: skies turn white
         image = np.minimum(1, image * np.float32(rng.uniform(1, 2)))
-    if (light := rng.random()) < 1 / 8:        # dusk: dark where it was darker
+    if (light := rng.random()) < 1 / 16:       # dusk: dark where it was darker
         around = ndimage.gaussian_filter(image.max(-1), rng.uniform(4, 16), mode="reflect")
         image = image * np.maximum(around, 1e-3)[..., None] ** np.float32(rng.uniform(0.1, 0.7))
-    elif light < 1 / 4:                        # pale: fog, and skies of one gray
+    elif light < 1 / 8:                        # pale: fog, and skies of one gray
         t = np.float32(rng.uniform(0.4, 1))
         image = image * t + np.float32(rng.uniform(0.6, 1)) * (1 - t)
     if rng.random() < 1 / 8:
