@@ -406,3 +406,18 @@ def test_bad_weights(capsys, tmp_path, photo):
     with pytest.raises(InputError, match="not finite"):
         restore(np.zeros((4, 4, 3), np.uint8), Model(p, config))
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("shape, window", [((40, 30, 3), 512), ((300, 530), 256)])
+def test_what_would_hardly_change_comes_back_as_it_came(tmp_path, capsys, shape, window):
+    model = random_model(NAFNetConfig(width=4, middle=1, adapter=None))
+    image = np.random.default_rng(0).integers(0, 256, shape, "uint8")
+    change = psnr(restore(image, model, window) / 255, image / 255)
+    for spare, same in ((0, False), (int(change), True), (int(change) + 1, False)):
+        model = model._replace(config=replace(model.config, spare=spare))
+        assert np.array_equal(restore(image, model, window), image) == same
+        save_model(tmp_path / "model.safetensors", *model)
+        write_image(tmp_path / "in.png", image)
+        list(restore_files([tmp_path / "in.png"], tmp_path / "out.png", tmp_path / "model.safetensors", window))
+        assert np.array_equal(read_image(tmp_path / "out.png")[0], read_image(tmp_path / "in.png")[0]) == same
+        assert ("in.png: left as it came" in capsys.readouterr().err) == same

@@ -27,16 +27,19 @@ def _normalized(x, p, config, ops):
     return normalized(x, p, config.norm, ops)
 
 
+class Checked:
+    """A configuration that is checked when made."""
+    def __post_init__(self):
+        check(self)
+
+
 # ---- token MLP -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Checked):
     """Every token through the same small network: Y = X + SG(X̂ W_1 + b_1) W_2, with M hidden channels."""
     hidden: int = 50
     norm: str = "token"
-
-    def __post_init__(self):
-        check(self)
 
 
 def mlp_shapes(C, config):
@@ -65,7 +68,7 @@ def mlp_backward(dy, cache, g):
 # ---- descriptor ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class DescriptorConfig:
+class DescriptorConfig(Checked):
     """One vector for the image sets a scale and a shift per channel: Y = X + (X̂ (1+γ) + β) W.
 
     (γ, β) = SG(mean(X̂) W_1 + b_1) W_2 + b_2, with M hidden channels. Source: FiLM (Perez et al. 2018), as AirNet's and
@@ -73,9 +76,6 @@ class DescriptorConfig:
     """
     hidden: int = 28
     norm: str = "token"
-
-    def __post_init__(self):
-        check(self)
 
 
 def descriptor_shapes(C, config):
@@ -111,7 +111,7 @@ def descriptor_backward(dy, cache, g):
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(Checked):
     """Learned maps, mixed for the image: w = softmax(mean(X̂) W_p) over T prompts P_t (s,s,D), resized to the features' size.
 
     Y = X + SG(X̂ W_1 + b_1 + resize(Σ_t w_t P_t W_P)) W_2, with M hidden channels. Source: PromptIR (Potlapalli et al. 2023),
@@ -122,9 +122,6 @@ class PromptConfig:
     channels: int = 8
     hidden: int = 19
     norm: str = "token"
-
-    def __post_init__(self):
-        check(self)
 
 
 def prompt_shapes(C, config):

@@ -155,8 +155,8 @@ def train(args):
     options = given(args, "suite", "adapter", "steps", "seed", "backend", "images", "pairs")
     result = train(args.out, resume=args.resume, threads=args.threads, **options)
     print(format_table(result["rows"]))
-    print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB and "
-          "{peak_memory_mb_of_data_process} MB for data; pictures and weights in {folder}".format_map(result))
+    print("held-out photographs, {parameters} parameters, {seconds:.0f} s of training, peak memory {peak_memory_mb} MB; "
+          "pictures and weights in {folder}".format_map(result))
 
 
 def compare(args):

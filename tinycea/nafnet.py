@@ -16,7 +16,7 @@ from .params import Params, accumulate, under
 from .runtime import InputError
 
 LIMITS = {"width": (1, 1024), "encoders": (0, 100), "middle": (0, 100), "decoders": (0, 100), "unshuffle": (1, 8),
-          "local": (0, 2**20), "told": (0, 64)}
+          "local": (0, 2**20), "told": (0, 64), "spare": (0, 200)}
 PARAMETERS = 2**28                            # of a network, at most
 
 
@@ -33,6 +33,8 @@ class NAFNetConfig:
     Chu et al. 2021; forward only): those of the training patches. 0: the whole image.
     told: channels of a label behind an image's colors, from which every stage gets a scale and a shift per channel and pixel: a
     network that is told what others must recognize, see `told` in lab/comparison.
+    spare: `restoration.restore` returns an image as it came if it would change it so little that result and image are at least so
+    many dB (PSNR) apart: such changes are hardly seen, and wrong as often as right. 0: never.
     """
     width: int = 24
     encoders: tuple = (1,)
@@ -45,15 +47,15 @@ class NAFNetConfig:
     centered: bool = True
     local: int = 0
     told: int = 0
+    spare: int = 0
 
     def __post_init__(self):
         if self.adapter is not None and family(self.adapter) is None:
             raise InputError(f"adapter is {self.adapter!r}: expected None or a configuration of {', '.join(FAMILIES)}")
-        for name in ("sca", "centered"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {getattr(self, name)!r}: expected true or false")
-        if not isinstance(self.encoders, tuple) or not isinstance(self.decoders, tuple):
-            raise InputError(f"encoders is {self.encoders!r}, decoders {self.decoders!r}: expected blocks per stage, as in 1+1")
+        for name, kind in {"sca": bool, "centered": bool, "encoders": tuple, "decoders": tuple}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                expected = "true or false" if kind is bool else "blocks per stage, as in 1+1"
+                raise InputError(f"{name} is {value!r}: expected {expected}")
         for name, (low, high) in LIMITS.items():
             for n in values if isinstance(values := getattr(self, name), tuple) else [values]:
                 if type(n) is not int or not low <= n <= high:

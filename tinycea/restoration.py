@@ -1,5 +1,6 @@
 """Restore images with a trained model: arrays, files and folders, in windows that overlap, on all cores."""
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +33,7 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     model: what `load_model` read; None: the weights in the package. window: an image larger than four of them is cut into
     overlapping windows of at most so many pixels a side, blended linearly, that all know the same `summaries`; 0: it stays whole.
     What tinycea's own models see is mirrored at its border, MARGIN wide; a NAFNet sees zeros there, as its authors feed it.
+    What a model with `spare` would hardly change comes back as it came, bit for bit: the weights in the package do so.
     threads: how many restore a window each, or a half of what stays whole (see `banded`); None: one for each core. Their number
     changes no byte. InputError for anything else, and for NaN.
     """
@@ -42,7 +44,7 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
     rows, columns = (windows(length, window if height * width > 4 * window**2 else 0) for length in (height, width))
     known = summaries(image, model, window) if len(rows) + len(columns) > 2 and not model[1].local else None
     forward = partial(banded, threads=threads or os.cpu_count()) if len(rows) + len(columns) == 2 else centered
-    below = np.zeros((0, width, 3), np.float32)                                 # what the windows above say of the rows to come
+    below, change = np.zeros((0, width, 3), np.float32), 0                      # what the windows above say of the rows to come
 
     def restored(y, x, down, right):
         ops = answering(lambda *_, left=iter(known): next(left)) if known else cpu
@@ -57,8 +59,10 @@ def restore(image: np.ndarray, model: Model | None = None, window: int = WINDOW,
                 strip[:, x:x + len(right)] += part
                 bar.update()
             result[y:end] = like(np.clip(strip[:end - y], 0, 1), image[y:end])
+            change += np.square(as_rgb(result[y:end]) - as_rgb(image[y:end])).sum(dtype=float)
             below = strip[end - y:]
-    return result
+    spare = model[1].spare
+    return image.copy() if spare and change <= 10 ** (-spare / 10) * 3 * height * width else result
 
 
 def mirrored(image, model, ops, forward=centered):
@@ -186,7 +190,10 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
     for file, target in zip(files, targets):
         try:
             pixels = read_pixels(file, megapixels)
-            write_image(target, restore(pixels, model, window, threads), pixels.dtype)
+            restored = restore(pixels, model, window, threads)
+            if np.array_equal(restored, pixels):
+                print(f"{file}: left as it came", file=sys.stderr)
+            write_image(target, restored, pixels.dtype)
             yield target
         except (InputError, MemoryError) as error:
             failed.append(str(error) if isinstance(error, InputError) else f"{file}: too large for the memory at hand")

@@ -215,12 +215,10 @@ def machine():
     return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
-def peak_memory(whose="RUSAGE_SELF"):
-    """Peak resident memory in MB of this process, or of the largest that it has started; None where the system does not tell."""
-    if whose == "RUSAGE_SELF" and sys.platform == "linux":        # getrusage's peak is at least the parent process's
+def peak_memory():
+    """Peak resident memory in MB of this process; None where the system does not tell."""
+    if sys.platform == "linux":               # getrusage's peak is at least the parent process's
         return round(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10)
-    try:
+    with suppress(ImportError):               # Windows has none
         import resource
-    except ImportError:                       # Windows
-        return None
-    return round(resource.getrusage(getattr(resource, whose)).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))

@@ -288,8 +288,7 @@ def finish(recipe, p, log, out):
     results = list(tqdm(evaluate(lambda image, entry: restore_rgb(image, p, config, ops), tests),
                         total=len(tests), desc="held-out photographs", leave=False, disable=None))
     result = {"rows": table(results), "ssim": SSIM, "recipe": asdict(recipe), "parameters": p.flat.size,
-              "seconds": round(sum(row[-1] for row in log), 1), "peak_memory_mb": peak_memory(),
-              "peak_memory_mb_of_data_process": peak_memory("RUSAGE_CHILDREN"), "machine": machine(),
+              "seconds": round(sum(row[-1] for row in log), 1), "peak_memory_mb": peak_memory(), "machine": machine(),
               "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
               "versions": {"tinycea": __version__} | {name: version(name) for name in ("numpy", "scipy", "scikit-image")}}
     save_model(out / "model.safetensors", p.over(ops.to_host(p.flat)), config, table=result["rows"])

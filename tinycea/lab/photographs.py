@@ -1,8 +1,9 @@
-"""Fetch the free photographs that the shipped weights and the longer experiments are taught on, from four Debian packages.
+"""Fetch the free photographs that the shipped weights and the longer experiments are taught on, from seven Debian packages.
 
-`python -m tinycea.lab.photographs FOLDER [DEB ...]` downloads them with apt-get (or takes .deb files that are already here),
-picks the photographs below, halves each until its longer side has at most 1,400 pixels, which removes JPEG blocks and sensor
-noise, and writes PNG files. Authors and free licenses: usr/share/doc/PACKAGE/copyright in each package. Nothing is committed.
+`python -m tinycea.lab.photographs FOLDER [PACKAGE or DEB ...]` downloads them with apt-get (or takes .deb files that are already
+here), picks the photographs below, halves each until its longer side has at most 1,400 pixels, which removes JPEG blocks and
+sensor noise, and writes PNG files; without a name those of the first four packages, 37. All are in Debian 13. Authors and free
+licenses: usr/share/doc/PACKAGE/copyright in each package. Nothing is committed.
 """
 import subprocess
 import sys
@@ -20,17 +21,21 @@ PACKAGES = {                                  # name -> patterns of the photogra
     "mate-backgrounds": ["backgrounds/mate/nature/*.jpg"],
     "plasma-workspace-wallpapers": [f"wallpapers/{name}/contents/images/2560x1600.jpg" for name in (
         "BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "Kite", "OneStandsOut",
-        "Path", "summer_1am")]}
+        "Path", "summer_1am")],
+    "budgie-backgrounds": ["backgrounds/budgie/[!osvw]*.jpg", "backgrounds/budgie/oakland*.jpg", "backgrounds/budgie/si*.jpg"],
+    "lxqt-themes": [f"lxqt/wallpapers/{name}*g" for name in (     # .jpg or .png
+        "[BV]", "a", "beam", "butterfly", "cloud", "drop", "flowers", "fog", "this")],
+    "palapeli-data": ["palapeli/collection/*.jpg"]}
 
 
-def fetch(folder, debs=()):
-    """Write the photographs into a folder; yields each one's name."""
+def fetch(folder, sources=()):
+    """Write the photographs of packages or .deb files into a folder; yields each one's name."""
     make_folder(folder)
     with TemporaryDirectory() as place:
-        if not debs:
-            subprocess.run(["apt-get", "download", *PACKAGES], cwd=place, check=True)
-            debs = sorted(Path(place).glob("*.deb"))
-        for deb in debs:
+        names, debs = set(sources or list(PACKAGES)[:4]) & {*PACKAGES}, {*sources} - {*PACKAGES}
+        if names:
+            subprocess.run(["apt-get", "download", *names], cwd=place, check=True)
+        for deb in sorted({*debs, *Path(place).glob("*.deb")}, key=str):
             package = Path(deb).name.split("_")[0]
             unpacked = Path(place) / package
             subprocess.run(["dpkg-deb", "-x", deb, unpacked], check=True)
