@@ -63,19 +63,17 @@ def batch(recipe, step, degrade=apply):
     at all, the others with a strength of U(0.5, 1.3), and every other gray one as by a gray camera, all channels alike.
     """
     rng, entries, pairs = np.random.default_rng([recipe.seed, BATCHES, step]), entries_of(recipe), []
-    entries = (*entries, "blur", "motion", "defocus", "motion", "defocus", "haze", "jpeg", "jpeg", "jpeg", "blur", "motion", "defocus", "haze",
-               "noise15", "noise15", "noise15", "noise25", "gray-noise")
     for i in range(recipe.batch):
         if recipe.pairs and (2 * i < recipe.batch or not entries):
             pairs.append(paired(recipe, rng))
             continue
         which = int(rng.integers(recipe.scenes))
-        levels = photos(recipe.images, recipe.patch) if rng.random() < 0.75 else leaves(recipe.seed, which, recipe.patch)
+        levels = photos(recipe.images, recipe.patch) if i % 2 else leaves(recipe.seed, which, recipe.patch)
         scene, entry = levels[rng.integers(len(levels))], entries[rng.integers(len(entries))]
         scene, strength = crop(scene, recipe.patch, rng), 1
         if not recipe.nominal:
-            scene, strength = varied(scene, rng), rng.triangular(0.2, 1, 1.3) if entry in suite("lens") else rng.uniform(0.2, 1.3)
-            entry = "clean" if rng.random() < 0.15 else entry
+            scene, strength = varied(scene, rng), rng.uniform(0.5, 1.3)
+            entry = "clean" if rng.random() < 0.1 else entry
         degraded = degrade(scene, entry, rng, strength)
         if not recipe.nominal and np.ptp(scene.image, -1).max() == 0 and rng.random() < 0.5:
             degraded = np.repeat(degraded[..., :1], 3, -1)

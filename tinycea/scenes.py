@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import skimage
-from scipy import ndimage
 
 from .images import as_rgb, folder, list_images, read_pixels, rgb
 from .runtime import InputError
@@ -144,17 +143,9 @@ def crop(scene, size, rng):
 def varied(scene, rng):
     """The scene in other light: J^gamma, ln gamma ~ N(0, 0.2^2), and N(0, 0.06^2) more for each channel; one in eight is gray."""
     image = scene.image ** np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.06, 3)).astype(np.float32)
-    if rng.random() < 1 / 3:                   # overexposed: skies turn white
-        image = np.minimum(1, image * np.float32(rng.uniform(1, 2)))
-    if (light := rng.random()) < 1 / 8:        # dusk: dark where it was darker
-        around = ndimage.gaussian_filter(image.max(-1), rng.uniform(4, 16), mode="reflect")
-        image = image * np.maximum(around, 1e-3)[..., None] ** np.float32(rng.uniform(0.2, 1.2))
-    elif light < 3 / 16:                       # pale: fog, and skies of one gray
-        t = np.float32(rng.uniform(0.4, 1))
-        image = image * t + np.float32(rng.uniform(0.6, 1)) * (1 - t)
     if rng.random() < 1 / 8:
         image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
-    return Scene(image)
+    return scene._replace(image=image)
 
 
 def photographs(split, images=None):

@@ -30,7 +30,7 @@ from .zoo import ADAPTERS, load_model, network, save_model, to_dict
 
 EVERY = 100                                   # steps between two looks at the held-out patches
 SAVE_SECONDS = 30                             # between two states written for resuming
-CARE = 10                                     # times an image counts that leaves worse than it came; once in a nominal recipe
+CARE = 4                                      # times an image counts that leaves worse than it came; once in a nominal recipe
 # Times lr: CEA's update is a product of learned factors and soon too large. The rivals' are the best of 0.1, 0.3 and 1 on the
 # validation photographs (data/results).
 ADAPTER_LR = dict.fromkeys(ADAPTERS, 0.1) | {"static": 0.3, "mlp": 0.3, "experts-image": 1.0, "experts-token": 0.3}
