@@ -11,7 +11,7 @@ import pytest
 from tinycea import cli, degradations
 from tinycea.evaluation import format_table
 from tinycea.lab import comparison
-from tinycea.zoo import WEIGHTS
+from tinycea.zoo import WEIGHTS, load_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "data/README.md", "data/bench.md", "CONTRIBUTING.md")}
@@ -64,7 +64,7 @@ def test_the_tables_are_the_committed_results():
     assert len(shown) == 6
     for name, row in shown.items():
         values = ROWS[name]
-        assert row == (values[:2] if name == "clean" else [values[0], values[1], values[3], values[4]]), name
+        assert row == (values[:3] if name == "clean" else [values[0], values[1], values[3], values[4]]), name
 
 
 def test_the_sentences_around_them_are_too():
@@ -76,7 +76,9 @@ def test_the_sentences_around_them_are_too():
     assert f"ends at {average(RUN):.2f} dB, `--adapter none` at {average(WITHOUT):.2f}: there the layer buys" in page
     assert f"{SHIPPED['parameters']:,} parameters" in RESULTS and SHIPPED["recipe"]["adapter"] in RESULTS
     text = " ".join(RESULTS.split())
-    assert f"returns at {ROWS['clean'][0]} dB on average, the worst at {ROWS['clean'][1]} dB" in text
+    changed = int(ROWS["clean"][2][:-1])
+    alike = f"{100 - changed} of 100 clean photographs"
+    assert alike in page and f"{alike} return bit for bit, the worst of the others at {ROWS['clean'][1]} dB" in text
     ahead = [float(ROWS[row][1]) - float(re.search(r"means (\S+)", " ".join(ROWS[row]))[1])
              for row in ("noise15", "noise25", "noise50", "gray photograph, noise 25")]
     assert "Noise: {:.2f}, {:.2f} and {:.2f} dB above".format(*ahead) in text and f"photographs {-ahead[3]:.2f} dB below" in text
@@ -357,7 +359,7 @@ def test_the_last_networks_are_those_of_the_validation_table():
     _, *blocks = re.split(r"^runs/.*$", (ROOT / "data/results/harm/validation.txt").read_text("utf-8"), flags=re.M)
     table = re.search(r"^  \| \| clean \| JPEG 90, worst .*?\n\n", RESULTS, re.M | re.S)[0]
     shown = [line.split(" | ")[2:] for line in table.removesuffix(" |\n\n").split(" |\n")[1:]]
-    assert len(shown) == len(blocks) - 1 == 22                    # the first is without the mirrored border
+    assert len(shown) == len(blocks) - 1 == 28                    # the first is without the mirrored border
     gain = []
     for line, block in zip(shown, blocks[1:]):
         rows = {row[:28].strip(): row[28:].split() for row in block.splitlines()}
@@ -368,6 +370,20 @@ def test_the_last_networks_are_those_of_the_validation_table():
                         f"{gains.mean():.2f}", f"{lost.mean():.2f} %"]
         gain.append(gains.mean() if worst.min() >= -1.5 else 0)
     assert np.argmax(gain) == 19 and "**mean of this and the sixteenth: taken**" in table.splitlines()[2 + 19]
+
+
+def test_the_least_change_is_the_first_at_which_few_blurred_photographs_lose():
+    lines = [line.split() for line in (ROOT / "data/results/harm/spare.txt").read_text("utf-8").splitlines()[1:-2]]
+    rows = {int(n): [changed, *(f"{gain} ({worst}), {lost}" for gain, worst, lost in zip(*[iter(numbers)] * 3))]
+            for n, _, changed, _, *numbers in lines}
+    lost = {n: float(row[3].split()[-1][:-1]) for n, row in rows.items()}
+    spare = load_model(WEIGHTS).config.spare
+    assert spare == max(n for n in lost if lost[n] <= 3) and lost[200] > 20
+    for n, (changed, *cells) in rows.items():
+        name = {200: "none", spare: f"**{spare}**"}.get(n, n)
+        shown = " | ".join(x.replace("%", " %") for x in (changed, *cells[:3], cells[4]))
+        assert n in (48, 41, 38) or f"  | {name} | {shown} |\n" in RESULTS
+    assert rows[spare][0] == "7%" and "1.6 of 255" in RESULTS and "1.6 of 255" in README
 
 
 def test_rates_and_the_control_are_the_table_s():

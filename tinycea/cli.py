@@ -69,7 +69,7 @@ def parser():
     sub.add_argument("--out", type=path, default="runs/compare", metavar="DIR", help="what it holds is not trained again")
     sub.add_argument("--quick", action="store_true", help="two adapters, one suite, one seed, 60 steps: a minute")
 
-    sub = command(restore, "restore photographs with a trained model")
+    sub = command(restore, "restore photographs with a trained model; ours leaves what it would hardly change as it came")
     sub.add_argument("photos", type=path, nargs="+", metavar="PHOTO", help="image files, or folders of them")
     sub.add_argument("-o", "--out", type=path, required=True, help="an image file for one photo, a folder for several")
     sub.add_argument("--weights", type=path, metavar="FILE", help="a run's model, a NAFNet's .pth or safetensors (default: ours)")

@@ -1,6 +1,5 @@
 """Restore images with a trained model: arrays, files and folders, in windows that overlap, on all cores."""
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -190,10 +189,7 @@ def restore_files(paths, out, weights=WEIGHTS, window=WINDOW, threads=None, mega
     for file, target in zip(files, targets):
         try:
             pixels = read_pixels(file, megapixels)
-            restored = restore(pixels, model, window, threads)
-            if np.array_equal(restored, pixels):
-                print(f"{file}: left as it came", file=sys.stderr)
-            write_image(target, restored, pixels.dtype)
+            write_image(target, restore(pixels, model, window, threads), pixels.dtype)
             yield target
         except (InputError, MemoryError) as error:
             failed.append(str(error) if isinstance(error, InputError) else f"{file}: too large for the memory at hand")
