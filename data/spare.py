@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinycea.evaluation import TEST_SEED, psnr
-from tinycea.lab.harm import ROWS, gray, known
+from tinycea.lab.harm import ROWS, degraded, known
 from tinycea.restoration import restore
 from tinycea.runtime import machine, pool
 from tinycea.zoo import WEIGHTS
@@ -27,9 +27,7 @@ def judged(i, folder, weights):
     """(rows, 3): for each of ROWS the PSNR in dB of photograph i degraded and restored, and of its restoration from what came."""
     photos, (p, config) = known(folder, "validation", weights)
     model, found = (p, replace(config, spare=0)), []
-    for row, degrade in ROWS.items():
-        image = degrade(photos[i], np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
-        clean = gray(photos[i]) if "gray photograph" in row else photos[i]
+    for _, image, clean in degraded(photos[i], i):
         restored = restore(image, model, threads=1)
         found.append((psnr(image, clean), psnr(restored, clean), psnr(restored, image)))
     return found

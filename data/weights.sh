@@ -11,8 +11,6 @@ mkdir -p data/results/harm
 python data/spare.py "$1" > data/results/harm/spare.txt
 python -m tinycea.lab.harm "$1" --classical > data/results/harm/test.txt
 # With `pip install bm3d`, a third of an hour: python -m tinycea.lab.harm "$1" --classical --count 20 > data/results/harm/bm3d.txt
-# (its weights are those before the seventeenth training; BM3D's number in its last row was made by itself, after lab.harm had
-# learned to give BM3D a gray photograph's one channel).
 
 # The choice among the last networks. The first table in validation.txt was made with MARGIN = 0 in restoration.py.
 PYTHONPATH=data python -c 'import weights

@@ -29,6 +29,7 @@ def _normalized(x, p, config, ops):
 
 class Checked:
     """A configuration that is checked when made."""
+
     def __post_init__(self):
         check(self)
 

@@ -34,7 +34,7 @@ class NAFNetConfig:
     told: channels of a label behind an image's colors, from which every stage gets a scale and a shift per channel and pixel: a
     network that is told what others must recognize, see `told` in lab/comparison.
     spare: `restoration.restore` returns an image as it came if it would change it so little that result and image are at least so
-    many dB (PSNR) apart: such changes are hardly seen, and wrong as often as right. 0: never.
+    many dB (PSNR) apart: such changes are hardly seen, and too often wrong. 0: never.
     """
     width: int = 24
     encoders: tuple = (1,)

@@ -42,13 +42,18 @@ def known(folder, split, weights):
     return list(photographs(split, folder).values()), load_model(weights)
 
 
+def degraded(photo, i):
+    """Yield (row, degraded, clean) of photograph i for each of ROWS: the same in every run."""
+    for row, degrade in ROWS.items():
+        image = degrade(photo, np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
+        yield row, image, gray(photo) if "gray photograph" in row else photo
+
+
 def judged(i, folder, split, weights, classical):
     """Row -> PSNR in dB of photograph i: degraded, restored, and of classical restorers by name."""
     photos, model = known(folder, split, weights)
     found = {}
-    for row, degrade in ROWS.items():
-        image = degrade(photos[i], np.random.default_rng([TEST_SEED, i, 0, *row.encode()]))
-        clean = gray(photos[i]) if "gray photograph" in row else photos[i]
+    for row, image, clean in degraded(photos[i], i):
         images = {"degraded": image, "restored": restore(image, model, threads=1)}
         if classical and row in SIGMAS:
             sigma = SIGMAS[row] / 255
@@ -87,7 +92,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     count = min(vars(args).pop("count"), len(known(args.folder, args.split, args.weights)[0]))
     with pool(os.cpu_count()) as executor:
-        found = executor.map(partial(judged, **vars(args)), range(count))
-        results = list(tqdm(found, total=count, desc="photographs", disable=None))
+        results = list(tqdm(executor.map(partial(judged, **vars(args)), range(count)), "photographs", count, disable=None))
     print("\n".join(table(results)))
     print(f"{count} photographs of the {args.split} split, whole, seed {TEST_SEED}; {machine()}")

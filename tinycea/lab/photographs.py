@@ -32,10 +32,9 @@ def fetch(folder, sources=()):
     """Write the photographs of packages or .deb files into a folder; yields each one's name."""
     make_folder(folder)
     with TemporaryDirectory() as place:
-        names, debs = set(sources or list(PACKAGES)[:4]) & {*PACKAGES}, {*sources} - {*PACKAGES}
-        if names:
+        if names := [source for source in sources or list(PACKAGES)[:4] if source in PACKAGES]:
             subprocess.run(["apt-get", "download", *names], cwd=place, check=True)
-        for deb in sorted({*debs, *Path(place).glob("*.deb")}, key=str):
+        for deb in [*(source for source in sources if source not in PACKAGES), *sorted(Path(place).glob("*.deb"))]:
             package = Path(deb).name.split("_")[0]
             unpacked = Path(place) / package
             subprocess.run(["dpkg-deb", "-x", deb, unpacked], check=True)
